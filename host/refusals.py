@@ -1,0 +1,158 @@
+"""The sentences that refuse what cannot be edited: each names the offending value and what to change."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_patcher import ModelPatcher
+from comfy.samplers import KSAMPLER, CFGGuider, Sampler
+from torch import Tensor
+
+from .model import identity
+from .trajectory import Trajectory
+
+# These take a noise sampler but draw nothing from it at their defaults.
+NOISELESS = {"sample_res_multistep", "sample_res_multistep_cfg_pp"}
+RANGES = ("start_percent", "end_percent")
+GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
+
+
+def check_unet(model: ModelPatcher) -> None:
+    """Raises ValueError for models whose attention layers the edits do not reach."""
+    if not isinstance(model.model.diffusion_model, UNetModel):
+        kind = type(model.model.diffusion_model).__name__
+        raise ValueError(f"This MODEL ({kind}) is no UNet, but edits read attention layers of SD1.x, SD2.x or SDXL.")
+
+
+def check_same_model(model: ModelPatcher, trajectory: Trajectory) -> None:
+    """Raises ValueError where the trajectory is another model's."""
+    if not identity(model).matches(trajectory.model):
+        raise ValueError(
+            f"The trajectory was made with another model ({trajectory.model.name}, {trajectory.model.prediction}) than "
+            "the MODEL to edit: connect the same checkpoint to both, or invert the image again."
+        )
+
+
+def check_latent(model: ModelPatcher, samples: Tensor) -> None:
+    """Raises ValueError where a latent cannot be this model's image latent."""
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.ndim != 4 or samples.shape[1] != channels:
+        raise ValueError(
+            f"The latent has shape {list(samples.shape)} but the MODEL takes {channels} channels: "
+            "encode the image with the VAE that belongs to the MODEL."
+        )
+    if not torch.isfinite(samples).all():
+        raise ValueError("The latent holds NaN or infinite values: check the image and the VAE Encode node before it.")
+
+
+def check_deterministic(sampler: Sampler) -> None:
+    """Raises ValueError for samplers that draw fresh noise (ancestral, SDE): no trajectory fits their path."""
+    if not isinstance(sampler, KSAMPLER):
+        return
+    function = sampler.sampler_function
+    parameters = inspect.signature(function).parameters
+    options = sampler.extra_options
+    if "noise_sampler" in parameters and function.__name__ not in NOISELESS:
+        eta = options.get("eta", parameters["eta"].default if "eta" in parameters else 1.0)
+        noisy = eta != 0
+    else:
+        noisy = options.get("s_churn", 0) > 0
+    if noisy:
+        name = function.__name__.removeprefix("sample_")
+        raise ValueError(
+            f"The sampler '{name}' adds fresh noise at every step and cannot follow a trajectory: "
+            "choose a deterministic one, such as euler, ddim or dpmpp_2m, in the sampler node."
+        )
+
+
+def check_source(conditioning: list) -> None:
+    """Raises ValueError where a trajectory's source conditioning is more than one plain prompt."""
+    if len(conditioning) != 1:
+        raise ValueError(
+            f"The trajectory's source conditioning has {len(conditioning)} entries, but edits need exactly one: invert "
+            "with a single prompt, not with combined conditionings."
+        )
+    options = conditioning[0][1]
+    found = [name for name in ("hooks", "area", *RANGES) if options.get(name) is not None]
+    if found:
+        raise ValueError(
+            f"The trajectory's source conditioning carries '{found[0]}', but edits need a plain prompt: invert with "
+            "Prompt Edit's source output as it is, and put LoRAs on the MODEL."
+        )
+
+
+def check_unguided(model: ModelPatcher) -> None:
+    """Raises ValueError for models whose guidance another node changed: an inversion is guided by its cfg alone."""
+    found = [name for name in GUIDANCE if model.model_options.get(name)]
+    if found:
+        raise ValueError(
+            f"The MODEL to invert carries another node's guidance ({found[0]}), which bends the path: connect the "
+            "MODEL from before that node, and use the node on the MODEL that edits."
+        )
+
+
+def check_run(
+    trajectory: Trajectory, guider: CFGGuider, noise: Tensor, sampler: Sampler, sigmas: Tensor, denoise_mask
+) -> None:
+    """Raises ValueError for a sampling run that cannot follow `trajectory`."""
+    check_deterministic(sampler)
+    _check_conditionings(guider)
+    if guider.model_patcher.get_additional_models_with_key("multigpu"):
+        raise ValueError("Palimpsest's edits run on one GPU: remove the MultiGPU node from this MODEL.")
+    if denoise_mask is not None:
+        raise ValueError(
+            "The latent to edit carries a noise mask, outside which it would stay noise: remove Set Latent Noise Mask."
+        )
+    shape = trajectory.states.shape[1:]
+    if noise.shape[1:] != shape[1:] or shape[0] not in (1, len(noise)):
+        raise ValueError(
+            f"The sampler's latent has shape {list(noise.shape)} but the trajectory's is {list(shape)}: "
+            "connect the noise latent that came with this trajectory."
+        )
+    strangers = [sigma for sigma in sigmas[:-1].tolist() if trajectory.index(sigma) is None]
+    if strangers:
+        raise ValueError(
+            f"The sampler's schedule has sigma {strangers[0]:.4g}, which the trajectory of {trajectory.steps} steps "
+            "lacks: connect the trajectory's SIGMAS to SamplerCustom, or give DDIM Inversion the schedule and steps of "
+            "your KSampler Advanced."
+        )
+
+
+def _check_conditionings(guider: CFGGuider) -> None:
+    positive = guider.conds.get("positive", [])
+    if len(positive) != 1:
+        raise ValueError(
+            f"The guider {type(guider).__name__} has {len(positive)} positive conditionings, but an edit has one "
+            "target: connect Prompt Edit's target output alone."
+        )
+    if any(positive[0].get(name) is not None for name in RANGES):
+        raise ValueError("The target prompt is limited to a part of the run: remove its timestep range.")
+    for name, entries in guider.conds.items():
+        if any("area" in entry for entry in entries):
+            raise ValueError(f"The {name} prompt is limited to an area, but edits need the whole image: remove it.")
+
+
+def check_start(x: Tensor, noise: Tensor, index: int) -> None:
+    """Raises ValueError where a run does not begin at the trajectory's own noise, or brings it to a later step."""
+    distance = float((x - noise).norm() / noise.expand_as(x).norm())
+    if index == 0 and distance > 0.02:
+        raise ValueError(
+            "The sampler does not start from the trajectory's own noise: connect the noise latent that came with this "
+            "trajectory to latent_image, and disable add_noise (use KSampler Advanced or SamplerCustom)."
+        )
+    if index > 0 and distance < 1e-3:
+        raise ValueError(
+            f"The sampler starts at step {index} but from the noise of step 0: set start_at_step to 0, or connect the "
+            "latent of a sampler that stopped there."
+        )
+
+
+def check_part(x: Tensor, state: Tensor) -> None:
+    """Raises ValueError where the model is called on less than the whole image or batch."""
+    if x.shape[1:] != state.shape[1:] or len(state) not in (1, len(x)):
+        raise ValueError(
+            f"The model is called on a part of shape {list(x.shape)} of the trajectory's {list(state.shape)}: remove "
+            "context windows and tiling from this MODEL."
+        )

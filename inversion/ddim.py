@@ -1,0 +1,46 @@
+"""DDIM inversion (arXiv 2010.02502, section 4.3, as used by 2208.01626 and 2211.09794): the sampler run backwards.
+
+Everything here is in the host's sampler space: x = z * sqrt(1 + sigma^2) with sigma^2 = (1 - alpha_bar) / alpha_bar,
+where the deterministic DDIM update is an Euler step in sigma. Pure torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def leading_sigmas(table: Tensor, steps: int) -> Tensor:
+    """Sigmas of diffusers' "leading" timestep spacing: timesteps i * (1000 // steps) + 1, then the table's first.
+
+    table: [1000] the model's sigma for every training timestep, rising. Returns [steps + 1] falling sigmas; the last is
+    table[0], not 0 (`set_alpha_to_one=False`). Raises ValueError where `steps` does not fit the table.
+    """
+    if not 1 <= steps < len(table):
+        raise ValueError(f"{steps} steps do not fit a model with {len(table)} timesteps: choose 1 to {len(table) - 1}.")
+    timesteps = torch.arange(steps - 1, -1, -1) * (len(table) // steps) + 1
+    return torch.cat((table[timesteps.clamp(max=len(table) - 1)], table[:1])).float()
+
+
+def inverse_step(
+    x: Tensor, sigma: float, sigma_next: float, denoise: Callable[[Tensor, float], Tensor], prediction: str
+) -> tuple[Tensor, Tensor]:
+    """One step up, from `sigma` to the noisier `sigma_next`: the next x and the denoised estimate, both as x.
+
+    The network sees the current latent z at the *next* timestep, as in every public implementation: z' = sqrt(a') x0 +
+    sqrt(1 - a') eps with x0 and eps taken from that one prediction at the current alpha_bar a (2211.09794, eq. 3).
+    x: [b, c, h, w]; `denoise(x, sigma)` is the host's model, which returns x0; `prediction` is "eps" or "v".
+    """
+    signal, signal_next = (1 + sigma**2) ** -0.5, (1 + sigma_next**2) ** -0.5  # sqrt(alpha_bar)
+    z = x * signal
+    seen = z / signal_next
+    eps = (seen - denoise(seen, sigma_next)) / sigma_next
+    if prediction == "v":
+        # Recover the network's v, which holds for any alpha_bar, and read it at the current one.
+        noise_next = sigma_next * signal_next
+        v = (eps - noise_next * z) / signal_next
+        eps = signal * v + sigma * signal * z
+    denoised = x - sigma * eps
+    return denoised + sigma_next * eps, denoised

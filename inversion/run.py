@@ -1,0 +1,140 @@
+"""Image to trajectory on the host: DDIM inversion, and recording an ordinary sampling run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import comfy.model_management
+import comfy.utils
+import latent_preview
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from comfy.samplers import CFGGuider, Sampler
+from torch import Tensor
+
+from ..host.model import identity, prediction_type
+from ..host.refusals import check_deterministic, check_latent, check_unguided
+from ..host.source import KEY
+from ..host.trajectory import Trajectory
+from .ddim import inverse_step
+
+
+class Guidance(NamedTuple):
+    """The conditionings of a run and its guidance scale; without `negative` only cfg 1 has a meaning."""
+
+    positive: list
+    negative: list | None
+    cfg: float
+
+    def guider(self, model: ModelPatcher) -> CFGGuider:
+        guider = CFGGuider(model)
+        conds = {"positive": self.positive, "negative": self.negative}
+        guider.inner_set_conds({name: cond for name, cond in conds.items() if cond is not None})
+        guider.set_cfg(self.cfg)
+        return guider
+
+
+class InversionSampler(Sampler):
+    """Walks up the sigmas it is given, from the image to the noise, and keeps every state. Made anew for each run."""
+
+    def __init__(self, prediction: str) -> None:
+        self.prediction = prediction
+        self.states: list[Tensor] = []
+
+    def sample(
+        self,
+        model_wrap,
+        sigmas: Tensor,
+        extra_args: dict,
+        callback,
+        noise: Tensor,
+        latent_image: Tensor,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        def denoise(x: Tensor, sigma: float) -> Tensor:
+            return model_wrap(x, x.new_full((len(x),), sigma), **extra_args)
+
+        x = latent_image
+        self.states.append(x.to("cpu", torch.float32))
+        levels = sigmas.tolist()
+        for i, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False)):
+            x, denoised = inverse_step(x, sigma, sigma_next, denoise, self.prediction)
+            self.states.append(x.to("cpu", torch.float32))
+            if callback is not None:
+                callback(i, denoised, x, len(levels) - 1)
+        return x
+
+
+def invert(model: ModelPatcher, guidance: Guidance, samples: Tensor, sigmas: Tensor) -> Trajectory:
+    """DDIM inversion of image latents [b, c, h, w] along falling `sigmas`.
+
+    Raises ValueError for models, latents and settings that cannot be inverted.
+    """
+    _check_unedited(model, "DDIM Inversion")
+    check_unguided(model)
+    check_latent(model, samples)
+    if guidance.cfg != 1 and guidance.negative is None:
+        raise ValueError(
+            f"DDIM Inversion at cfg {guidance.cfg:g} needs the negative input: connect it, or set cfg to 1."
+        )
+    sampler = InversionSampler(prediction_type(model))
+    _sample(model, guidance, sampler, sigmas.flip(0), torch.zeros_like(samples), samples, seed=0)
+    return _trajectory(model, guidance, sampler.states[::-1], sigmas)
+
+
+def record(
+    model: ModelPatcher, guidance: Guidance, sampler: Sampler, sigmas: Tensor, noise: Tensor, samples: Tensor, seed: int
+) -> tuple[Trajectory, Tensor]:
+    """Sample as the host does and keep the state at every sigma: the trajectory and the sampled latent.
+
+    noise and samples: [b, c, h, w] as the host's samplers take them. Raises ValueError for samplers that add noise.
+    """
+    _check_unedited(model, "Record Trajectory")
+    if len(sigmas) < 2:
+        raise ValueError("Record Trajectory was given no sigmas: set denoise to 1 in the scheduler node.")
+    check_latent(model, samples)
+    check_deterministic(sampler)
+    levels = sigmas.tolist()
+    states: dict[int, Tensor] = {}
+
+    def keep(executor, x: Tensor, timestep: Tensor, *args):
+        sigma = float(timestep[0])
+        nearest = min(range(len(levels)), key=lambda i: abs(levels[i] - sigma))
+        if abs(levels[nearest] - sigma) <= 1e-4 * sigma:
+            states[nearest] = x.to("cpu", torch.float32)  # the last call at a sigma is the one that starts its step
+        return executor(x, timestep, *args)
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, keep)
+    result = _sample(model, guidance, sampler, sigmas, noise, samples, seed)
+    states[len(levels) - 1] = model.model.process_latent_in(result).to("cpu", torch.float32)
+    if len(states) < len(levels):
+        raise ValueError("The sampler did not visit every sigma of its schedule: choose euler, ddim or dpmpp_2m.")
+    return _trajectory(model, guidance, [states[i] for i in range(len(levels))], sigmas), result
+
+
+def _sample(
+    model: ModelPatcher, guidance: Guidance, sampler: Sampler, sigmas: Tensor, noise: Tensor, samples: Tensor, seed: int
+) -> Tensor:
+    callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
+    guider = guidance.guider(model)
+    quiet = not comfy.utils.PROGRESS_BAR_ENABLED
+    result = guider.sample(noise, samples, sampler, sigmas, None, callback, quiet, seed)
+    if not torch.isfinite(result).all():
+        raise ValueError(
+            "Sampling ended in NaN or infinite values: load the MODEL in fp32 or bf16 (weight_dtype), or lower cfg."
+        )
+    return result.to(comfy.model_management.intermediate_device())
+
+
+def _trajectory(model: ModelPatcher, guidance: Guidance, states: list[Tensor], sigmas: Tensor) -> Trajectory:
+    return Trajectory(torch.stack(states), sigmas.to("cpu", torch.float32), guidance.positive, identity(model))
+
+
+def _check_unedited(model: ModelPatcher, node: str) -> None:
+    if KEY in model.model_options["transformer_options"]:
+        raise ValueError(
+            f"{node} was given a MODEL that is already edited: connect the MODEL from before the edit nodes."
+        )
