@@ -1,0 +1,157 @@
+"""Nodes that turn an image, or a sampling run, into a trajectory."""
+
+from __future__ import annotations
+
+import comfy.sample
+import comfy.samplers
+import torch
+from comfy_api.latest import io
+
+from ..host.model import noise_latent
+from ..inversion.ddim import leading_sigmas
+from ..inversion.run import Guidance, invert, record
+from . import sockets
+
+LEADING = "ddim (diffusers leading)"
+
+
+class DDIMInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PalimpsestDDIMInversion",
+            display_name="DDIM Inversion",
+            category="Palimpsest/invert",
+            description=(
+                "Finds the noise that a deterministic sampler turns back into your image, and keeps every step on the "
+                "way. Connect the trajectory to the edit nodes, and noise and sigmas to SamplerCustom. Edits look the "
+                "source up in the trajectory, which is Direct Inversion."
+            ),
+            search_aliases=[
+                "invert",
+                "unsample",
+                "direct inversion",
+                "pnp inversion",
+                "noise from image",
+                "real image",
+            ],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model to invert with: the same one that you edit with, without edits."
+                ),
+                io.Conditioning.Input(
+                    "source", tooltip="The prompt that says what the image shows: Prompt Edit's source output."
+                ),
+                io.Latent.Input("image", tooltip="The image or batch of images, from VAE Encode."),
+                io.Int.Input(
+                    "steps",
+                    default=50,
+                    min=1,
+                    max=999,
+                    tooltip="More steps reconstruct better and take longer. The edit runs the same number.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="Guidance while inverting. 1 reconstructs best and costs least; above it the path drifts.",
+                ),
+                io.Combo.Input(
+                    "schedule",
+                    options=[LEADING, *comfy.samplers.SCHEDULER_NAMES],
+                    default=LEADING,
+                    advanced=True,
+                    tooltip=(
+                        "Which noise levels to visit. The default is that of the papers and of diffusers; KSampler "
+                        "Advanced fits it with ddim_uniform at 10, 20, 25, 40, 50 or 100 steps. For other steps choose "
+                        "the scheduler of your KSampler Advanced here, or use SamplerCustom."
+                    ),
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="Negative prompt while inverting; needed where cfg is not 1."
+                ),
+            ],
+            outputs=[
+                sockets.Trajectory.Output("trajectory", tooltip="The image at every noise level, for the edit nodes."),
+                io.Latent.Output(
+                    "noise", tooltip="The inverted noise: latent_image of the sampler, with add_noise disabled."
+                ),
+                io.Sigmas.Output("sigmas", tooltip="The schedule, for SamplerCustom."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, source, image, steps, cfg, schedule, negative=None) -> io.NodeOutput:
+        model_sampling = model.get_model_object("model_sampling")
+        if schedule == LEADING:
+            sigmas = leading_sigmas(model_sampling.sigmas.cpu(), steps)
+        else:
+            sigmas = comfy.samplers.calculate_sigmas(model_sampling, schedule, steps).cpu()
+        trajectory = invert(model, Guidance(source, negative, cfg), image["samples"], sigmas)
+        return io.NodeOutput(trajectory, {"samples": noise_latent(model, trajectory)}, trajectory.sigmas)
+
+
+class RecordTrajectory(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PalimpsestRecordTrajectory",
+            display_name="Record Trajectory",
+            category="Palimpsest/invert",
+            description=(
+                "SamplerCustom that also keeps every step, so that a generated image can be edited like a real one. "
+                "Fed with inverted noise at a guidance above 1 it gives the drifting source of DDIM + Prompt-to-Prompt."
+            ),
+            search_aliases=["edit generated image", "ddim baseline", "sample and record", "source image"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to sample with, without edits."),
+                io.Boolean.Input(
+                    "add_noise", default=True, tooltip="On for a new image; off when latent_image already is noise."
+                ),
+                io.Int.Input(
+                    "noise_seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="The seed of the noise: another seed, another image.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=5.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="How strongly the image follows the prompt: 7.5 for SD1.5, 3 to 5 for the demo model.",
+                ),
+                io.Conditioning.Input("positive", tooltip="What the image shows: Prompt Edit's source output."),
+                io.Conditioning.Input("negative", tooltip="What the image should not show; often an empty prompt."),
+                io.Sampler.Input("sampler", tooltip="A deterministic sampler, such as euler or ddim."),
+                io.Sigmas.Input("sigmas", tooltip="The schedule; the edit must run the same one."),
+                io.Latent.Input("latent_image", tooltip="An empty latent to fill, or noise from DDIM Inversion."),
+            ],
+            outputs=[
+                sockets.Trajectory.Output("trajectory", tooltip="The image at every noise level, for the edit nodes."),
+                io.Latent.Output("image", tooltip="The sampled image."),
+                io.Latent.Output(
+                    "noise", tooltip="Where it started: latent_image of the edit's sampler, add_noise off."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, add_noise, noise_seed, cfg, positive, negative, sampler, sigmas, latent_image
+    ) -> io.NodeOutput:
+        samples = comfy.sample.fix_empty_latent_channels(
+            model, latent_image["samples"], latent_image.get("downscale_ratio_spacial")
+        )
+        if add_noise:
+            noise = comfy.sample.prepare_noise(samples, noise_seed, latent_image.get("batch_index"))
+        else:
+            noise = torch.zeros_like(samples)
+        guidance = Guidance(positive, negative, cfg)
+        trajectory, image = record(model, guidance, sampler, sigmas, noise, samples, noise_seed)
+        return io.NodeOutput(trajectory, {"samples": image}, {"samples": noise_latent(model, trajectory)})

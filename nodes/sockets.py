@@ -1,0 +1,8 @@
+"""The pack's own socket types."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+Trajectory = io.Custom("TRAJECTORY")
+PromptEdit = io.Custom("PROMPT_EDIT")
