@@ -1,0 +1,24 @@
+"""`python dev.py bench edits|samples|speed`: what the pack's edits and its demo model are worth, and what they cost."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from . import edits, samples, speed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="dev.py bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in (("edits", edits), ("samples", samples), ("speed", speed)):
+        command = commands.add_parser(name, help=module.__doc__.splitlines()[0])
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    arguments = parser.parse_args()
+    with torch.inference_mode():
+        arguments.run(arguments)
+
+
+main()
