@@ -1,0 +1,85 @@
+"""The example workflows in the host's real frontend, used as a person would."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from browser import PROGRAMS, Page, find_browser, open_browser
+from example_workflows import WITHOUT_DOWNLOAD, api_form, overlaps, ui_form
+from host_server import HostServer, Prompt
+
+RUN_BUTTON = "[data-testid=queue-button]"
+STEPS = 8  # not as many as in test_workflows.py, whose results the server still holds
+NODES = "window.app?.isGraphReady ? app.rootGraph.nodes : []"
+# Whatever the frontend lays over the page to say that something is wrong.
+COMPLAINTS = "[role=dialog], .p-toast-message, [data-testid=error-overlay], [data-testid^=missing-]"
+# It says the first in every session; the others where ComfyUI's own templates, a package apart, are not installed.
+HARMLESS = (
+    "ComfyApp graph accessed before initialization",
+    "Error loading core workflow templates",
+    "Error loading fuse options",
+)
+
+
+@pytest.fixture
+def page(server: HostServer, tmp_path: Path) -> Iterator[Page]:
+    program = find_browser()
+    if program is None:
+        missing = f"no browser found: install one of {', '.join(PROGRAMS)}"
+        if os.environ.get("CI"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    # Else a new user is greeted with a dialog.
+    server.post("/settings/Comfy.TutorialCompleted", True)
+    with open_browser(program, tmp_path / "profile") as page:
+        yield page
+
+
+def open_template(page: Page, server: HostServer, name: str) -> None:
+    page.open(f"{server.url}/?template={name}&source=palimpsest")
+    page.wait_for(f"({NODES}).length === {len(ui_form(name)['nodes'])}", seconds=90)
+
+
+def set_steps(page: Page, steps: int) -> None:
+    page.evaluate(
+        f"for (const node of {NODES}) for (const widget of node.widgets ?? [])"
+        f"if (widget.name === 'steps') {{ widget.value = {steps}; widget.callback?.({steps}) }}"
+    )
+
+
+def complaints(page: Page) -> list[str]:
+    return page.evaluate(f"[...document.querySelectorAll('{COMPLAINTS}')].map(element => element.innerText)")
+
+
+def unknown_nodes(page: Page) -> list[str]:
+    return page.evaluate(f"({NODES}).map(node => node.type).filter(type => !(type in LiteGraph.registered_node_types))")
+
+
+def converted(page: Page) -> Prompt:
+    """What the Run button sends."""
+    return page.evaluate("app.graphToPrompt().then(prompt => prompt.output)")
+
+
+@pytest.mark.parametrize("name", WITHOUT_DOWNLOAD)
+def test_opens_and_runs(page: Page, server: HostServer, name: str, tmp_path: Path) -> None:
+    before = server.get_json("/history")
+    open_template(page, server, name)
+    assert unknown_nodes(page) == []
+    assert complaints(page) == []
+    set_steps(page, STEPS)
+    assert converted(page) == api_form(name, STEPS)
+
+    page.click(RUN_BUTTON)
+    page.wait_for(f"({NODES}).find(node => node.type === 'SaveImage').imgs?.[0]?.naturalWidth > 0", seconds=120)
+    page.screenshot(tmp_path / f"{name}.png")
+    (prompt_id,) = server.get_json("/history").keys() - before.keys()
+    run = server.finished(prompt_id)
+    assert not run.errors
+    assert len(run.images()) == 1
+    assert complaints(page) == []
+    assert overlaps(page.evaluate("app.rootGraph.serialize().nodes")) == []
+    assert [error for error in page.errors if not error.startswith(HARMLESS)] == []

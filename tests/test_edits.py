@@ -1,0 +1,140 @@
+"""Whole edits with the demo model."""
+
+from __future__ import annotations
+
+import argparse
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from palimpsest.benchmarks import edits
+from palimpsest.benchmarks.picture import sample
+from palimpsest.demo import scenes, score
+from palimpsest.host.model import noise_latent
+from palimpsest.inversion.ddim import leading_sigmas
+from palimpsest.inversion.run import Guidance, invert
+from palimpsest.nodes.demo import DemoScene
+from palimpsest.nodes.inversion import LEADING, DDIMInversion
+from palimpsest.nodes.p2p import P2PAttentionController
+from palimpsest.nodes.prompt import PromptEdit
+from reference import classic_p2p
+
+SOURCE, TARGET = "a red circle on a striped green background", "a red star on a checkered green background"
+
+
+def latent_of(demo: tuple, caption: str) -> torch.Tensor:
+    _, _, vae = demo
+    return vae.encode(torch.from_numpy(scenes.render(scenes.parse(caption, 3)))[None])
+
+
+def inverted(demo: tuple, caption: str, steps: int) -> tuple:
+    model, clip, _ = demo
+    sigmas = leading_sigmas(model.get_model_object("model_sampling").sigmas, steps)
+    source = [edits.encode(clip, [caption])]
+    return invert(model, Guidance(source, None, 1.0), latent_of(demo, caption), sigmas), source, sigmas
+
+
+@pytest.mark.slow
+def test_fifty_steps_equal_the_classic_pair(demo: tuple) -> None:
+    """Through the nodes, with a word of one token for one of two: within 1e-4 of explicit maps in float64."""
+    model, clip, _ = demo
+    source, target, prompt_edit = PromptEdit.execute(clip, SOURCE, TARGET).result
+    image = {"samples": latent_of(demo, SOURCE)}
+    trajectory, noise, sigmas = DDIMInversion.execute(model, source, image, 50, 1.0, LEADING).result
+    edited = P2PAttentionController.execute(model, trajectory, prompt_edit, 0.8, 0.4, 0.0, 0.0, 32).result[0]
+    negative = [edits.encode(clip, [""])]
+    ours = sample(edited, Guidance(target, negative, 4.0), noise["samples"], sigmas)
+    parts = SimpleNamespace(
+        model=model, trajectory=trajectory, sigmas=sigmas, source=source, target=target, negative=negative
+    )
+    theirs = classic_p2p(parts, prompt_edit.mapper, 40, 20, 4.0)
+    assert not torch.equal(prompt_edit.mapper, torch.eye(77))
+    assert (model.model.process_latent_in(ours) - theirs).norm() < 1e-4 * theirs.norm()
+
+
+def test_equal_prompts_at_cfg_1_reconstruct_as_resampling_does(demo: tuple) -> None:
+    model, clip, vae = demo
+    trajectory, source, sigmas = inverted(demo, SOURCE, 25)
+    image, noise = latent_of(demo, SOURCE), noise_latent(model, trajectory)
+    _, _, prompt_edit = PromptEdit.execute(clip, SOURCE, SOURCE).result
+    edited = P2PAttentionController.execute(model, trajectory, prompt_edit, 0.8, 0.4, 0.0, 0.0, 32).result[0]
+    plain, ours = (sample(m, Guidance(source, None, 1.0), noise, sigmas) for m in (model, edited))
+    assert torch.equal(trajectory.states[-1], model.model.process_latent_in(image))
+    assert (plain - image).norm() < 0.1 * image.norm()
+    assert (ours - image).norm() < 1.05 * (plain - image).norm()
+
+
+@pytest.mark.slow
+def test_p2p_keeps_what_naive_resampling_loses(demo: tuple) -> None:
+    """On twelve scenes: a smaller error outside the change, and the change itself shown on most."""
+    arguments = argparse.Namespace(steps=25, cfg=3.0, cross=0.8, self_=0.4)
+    cases = edits.draw_cases(12, seed=1)
+    pictures = edits.edit(demo, cases, arguments)
+    scores = {
+        name: [edits.measure(image, case) for image, case in zip(images, cases, strict=True)]
+        for name, images in pictures.items()
+    }
+    naive, direct = scores["naive: inverted noise, new prompt"], scores["Direct Inversion + P2P"]
+    assert np.mean([s.outside for s in direct]) > np.mean([s.outside for s in naive])
+    assert sum(s.shown for s in direct) >= 9
+
+
+def test_demo_model_draws_what_it_is_asked_for(demo: tuple) -> None:
+    model, clip, vae = demo
+    sigmas = leading_sigmas(model.get_model_object("model_sampling").sigmas, 20)
+    asked = [scenes.parse(caption, 0) for caption in (SOURCE, "a large blue heart on a pink background")]
+    guidance = Guidance([edits.encode(clip, [s.caption for s in asked])], [edits.encode(clip, [""])], 4.0)
+    noise = torch.randn(2, 12, 16, 16, generator=torch.Generator().manual_seed(1)) * sigmas[0]
+    images = vae.decode(sample(model, guidance, noise, sigmas)).numpy()
+    for image, scene in zip(images, asked, strict=True):
+        verdict = score.judge(image, scene)
+        assert all(verdict[aspect] for aspect in ("shape", "color", "background"))
+
+
+def test_demo_autoencoder_is_exact_in_and_close_out(demo: tuple) -> None:
+    _, _, vae = demo
+    image = torch.from_numpy(scenes.render(scenes.parse(SOURCE, 3)))[None]
+    latent = vae.encode(image)
+    assert latent.shape == (1, 12, 16, 16)
+    halved = torch.nn.functional.avg_pool2d(image.movedim(-1, 1) * 2 - 1, 2)
+    torch.testing.assert_close(vae.first_stage_model.half_size(latent), halved, rtol=1e-5, atol=1e-5)
+    assert (vae.decode(latent) - image).square().mean() < 10**-2.5  # 25 dB
+
+
+def test_alpha_and_odd_sizes_are_taken_as_the_host_takes_them(demo: tuple) -> None:
+    """The host's VAE drops alpha and crops odd sizes; the inversion then works as on any image."""
+    model, clip, vae = demo
+    image = torch.from_numpy(scenes.render(scenes.parse(SOURCE, 3)))[None]
+    padded = torch.nn.functional.pad(image, (0, 1, 0, 3, 0, 2))  # alpha, 3 columns and 2 rows
+    source = [edits.encode(clip, [SOURCE])]
+    trajectory, _, _ = DDIMInversion.execute(model, source, {"samples": vae.encode(padded)}, 2, 1.0, LEADING).result
+    assert trajectory.states.shape[1:] == (1, 12, 16, 16)
+
+
+def test_bad_latents_are_refused_in_a_sentence(demo: tuple) -> None:
+    model, clip, _ = demo
+    source = [edits.encode(clip, [SOURCE])]
+    with pytest.raises(ValueError, match=r"shape \[1, 4, 16, 16\] but the MODEL takes 12 channels"):
+        DDIMInversion.execute(model, source, {"samples": torch.zeros(1, 4, 16, 16)}, 5, 1.0, LEADING)
+    with pytest.raises(ValueError, match="holds NaN or infinite values"):
+        DDIMInversion.execute(model, source, {"samples": torch.full((1, 12, 16, 16), torch.nan)}, 5, 1.0, LEADING)
+    trajectory, source, _ = inverted(demo, SOURCE, 2)
+    _, _, other = PromptEdit.execute(clip, "a blue circle on a striped green background", TARGET).result
+    with pytest.raises(ValueError, match="made with another source prompt"):
+        P2PAttentionController.execute(model, trajectory, other, 0.8, 0.4, 0.0, 0.0, 32)
+    edited = P2PAttentionController.execute(
+        model, trajectory, PromptEdit.execute(clip, SOURCE, TARGET).result[2], 0.8, 0.4, 0.0, 0.0, 32
+    ).result[0]
+    with pytest.raises(ValueError, match="given a MODEL that is already edited"):
+        DDIMInversion.execute(edited, source, {"samples": latent_of(demo, SOURCE)}, 5, 1.0, LEADING)
+
+
+def test_demo_scene_shows_the_edit_and_its_answer() -> None:
+    image, source, target, answer, changed = DemoScene.execute(SOURCE, TARGET, 3).result
+    assert (source, target) == (SOURCE, TARGET)
+    assert image.shape == answer.shape == (1, 64, 64, 3)
+    assert ((image - answer).abs().amax(-1) > 2 / 255).float().equal(changed)
+    with pytest.raises(ValueError, match="has 'banana' where it needs a shape"):
+        DemoScene.execute("a red banana on a blue background", TARGET, 3)

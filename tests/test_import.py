@@ -1,0 +1,55 @@
+"""The pack as the host imports it: light, and leaving the host as it was."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+LIGHT = """
+import sys
+import palimpsest
+import palimpsest.attention.p2p, palimpsest.attention.alignment, palimpsest.inversion.ddim, palimpsest.host.trajectory
+hosts = sorted(name for name in sys.modules if name.split(".")[0] in ("comfy", "comfy_api", "nodes", "server"))
+assert not hosts, hosts
+"""
+CLEAN = """
+from in_host import prepare
+prepare()
+import asyncio, sys
+import comfy.samplers, comfy.model_patcher, comfy.model_base, comfy.sd, comfy.ldm.modules.attention
+import folder_paths, latent_preview
+from comfy_api.latest import io
+
+def symbols():
+    host = [m for name, m in sys.modules.items() if name.split(".")[0] in ("comfy", "comfy_api", "folder_paths")]
+    found = {}
+    for module in host:
+        for name, value in vars(module).items():
+            found[module.__name__, name] = id(value)
+            if isinstance(value, type) and value.__module__ == module.__name__:
+                found.update({(module.__name__, name, k): id(v) for k, v in vars(value).items() if callable(v)})
+    return found
+
+before, modules = symbols(), set(sys.modules)
+import palimpsest
+extension = asyncio.run(palimpsest.comfy_entrypoint())
+nodes = asyncio.run(extension.get_node_list())
+assert len(nodes) == 8
+after = symbols()
+# Importing further host modules (safetensors helpers, say) adds symbols; none that was there may change.
+changed = [name for name, value in before.items() if after.get(name) != value]
+assert not changed, changed
+"""
+
+
+def run(code: str) -> None:
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="tools")
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_the_mathematics_imports_without_the_host() -> None:
+    run(LIGHT)
+
+
+def test_importing_the_pack_changes_no_host_symbol() -> None:
+    run(CLEAN)

@@ -1,0 +1,79 @@
+"""The example workflows: both forms of each say the same, and the server runs and serves them."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from example_workflows import FOLDER, NAMES, WITHOUT_DOWNLOAD, api_form, overlaps, to_api, ui_form
+from host_server import HostServer, Prompt, Run
+
+ENLARGED = 6
+
+
+def reseed_samplers(prompt: Prompt, seed: int) -> None:
+    """Another seed where it changes nothing: in the samplers that add no noise."""
+    samplers = [node for node in prompt.values() if node["inputs"].get("add_noise") in (False, "disable")]
+    assert samplers
+    for node in samplers:
+        node["inputs"]["noise_seed"] = seed
+
+
+def saved_picture(server: HostServer, run: Run) -> np.ndarray:
+    assert not run.errors
+    (image,) = run.images()
+    return np.asarray(Image.open(io.BytesIO(server.view(image))))
+
+
+def test_every_workflow_has_both_forms() -> None:
+    assert sorted(path.stem for path in (FOLDER / "api").glob("*.json")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forms_are_equal(server: HostServer, name: str) -> None:
+    assert to_api(ui_form(name), server.object_info) == api_form(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layout_is_clean(name: str) -> None:
+    workflow = ui_form(name)
+    assert [node["type"] for node in workflow["nodes"]].count("MarkdownNote") == 1
+    assert workflow["groups"]
+    assert overlaps(workflow["nodes"]) == []
+
+
+@pytest.mark.parametrize("name", WITHOUT_DOWNLOAD)
+def test_runs_and_repeats_bit_for_bit(server: HostServer, name: str) -> None:
+    prompt = api_form(name, steps=10)
+    picture = saved_picture(server, server.run(prompt))
+    side, gap = ENLARGED * 64, ENLARGED * 2
+    source, edit = picture[:, :side].astype(float), picture[:, side + gap : 2 * side + gap].astype(float)
+    assert np.abs(source - edit).mean() > 2
+
+    reseed_samplers(prompt, 12345)
+    again = saved_picture(server, server.run(prompt))
+    assert np.array_equal(picture, again)
+
+
+def test_templates_are_served(server: HostServer) -> None:
+    assert sorted(server.get_json("/workflow_templates")["palimpsest"]) == NAMES
+    for name in NAMES:
+        assert server.get_json(f"/api/workflow_templates/palimpsest/{name}.json") == ui_form(name)
+
+
+@pytest.mark.parametrize("name", WITHOUT_DOWNLOAD)
+def test_thumbnails_are_served(server: HostServer, name: str) -> None:
+    thumbnail = Image.open(io.BytesIO(server.get(f"/api/workflow_templates/palimpsest/{name}.jpg")))
+    assert thumbnail.format == "JPEG"
+    assert 500 <= thumbnail.width <= 700
+
+
+def test_every_node_has_a_help_page(server: HostServer) -> None:
+    ours = [name for name, info in server.object_info.items() if info["python_module"] == "custom_nodes.palimpsest"]
+    assert ours
+    for name in ours:
+        page = server.get(f"/extensions/palimpsest/docs/{name}.md").decode()
+        assert page.startswith("# "), f"{name} needs a help page that begins with its title"
