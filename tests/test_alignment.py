@@ -52,7 +52,7 @@ def test_other_tokenizers_give_the_same_words(clip: Clip, tokenizer: type) -> No
 
 
 def test_published_code_misplaces_tokens_after_an_unequal_pair(clip: Clip) -> None:
-    """algorithms: a word of 1 token for one of 2 shifts everything after it; each later word must map to itself."""
+    """A word of 1 token swapped for one of 2 shifts all that follow; each later word must still map to itself."""
     swapped = mapper(clip, "a striped cat on a mat", "a checkered cat on a mat")
     source, target = clip.read("a striped cat on a mat"), clip.read("a checkered cat on a mat")
     assert source.spans[1] == (2, 3)

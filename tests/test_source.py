@@ -132,15 +132,22 @@ def test_other_packs_see_conditional_and_unconditional_rows_only(tiny: Tiny) -> 
     torch.testing.assert_close(with_it, without, rtol=1e-3, atol=1e-3)
 
 
-def test_hypertile_and_a_recorded_run_agree(tiny: Tiny) -> None:
-    """A pack that cuts self-attention into tiles works on the rows that the edit has made."""
+def test_edits_see_whole_layers_under_hypertile(tiny: Tiny) -> None:
+    """A pack that cuts self-attention into tiles works on the rows that the edit has made, not the other way round."""
+    tiles = []
+
+    def watch(q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
+        tiles.append(len(q))
+        return comfy.ldm.modules.attention.optimized_attention(q, k, v, options["n_heads"])
+
     model = HyperTile.execute(tiny.model, 32, 1, 0, False)[0]
-    guidance, euler = Guidance(tiny.source, tiny.negative, 3.0), comfy.samplers.sampler_object("euler")
-    trajectory, image = record(model, guidance, euler, tiny.sigmas, tiny.noise, torch.zeros_like(tiny.noise), seed=0)
-    noise = tiny.model.model.process_latent_out(trajectory.states[0])
-    edited = attach(model, trajectory, swap(target=tiny.source[0][0]))
-    again = tiny.sample(edited, positive=tiny.source, cfg=3.0, noise=noise)
-    torch.testing.assert_close(again, image, rtol=1e-3, atol=1e-3)
+    model.set_model_attn1_replace(watch, "input", 1)
+    probe = Probe()
+    tiny.sample(attach(model, tiny.trajectory, probe))
+    assert set(tiles) == {3 * 4}
+    layers = {layer for layer, _, _ in probe.seen if layer[:3] == ("self", "input", 1)}
+    assert {layer.positions for layer in layers} == {64}
+    assert all(len(target.query) == 1 for _, _, target in probe.seen)
 
 
 def test_inversion_refuses_guidance_patches(tiny: Tiny) -> None:
