@@ -7,6 +7,7 @@ draws the full-size picture from them. One fp16 safetensors file holds all three
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import comfy.latent_formats
@@ -110,6 +111,7 @@ class LatentFormat(comfy.latent_formats.LatentFormat):
 
 
 class ModelConfig(comfy.supported_models_base.BASE):
+    unet_extra_config = {}  # the host's default would overrule the attention heads of UNET
     latent_format = LatentFormat
     memory_usage_factor = 1.0
 
@@ -128,8 +130,7 @@ def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _load_unet(weights: dict[str, Tensor]) -> ModelPatcher:
-    config = ModelConfig({key: list(value) if isinstance(value, list) else value for key, value in UNET.items()})
-    config.unet_extra_config = {}
+    config = ModelConfig(copy.deepcopy(UNET))
     config.set_inference_dtype(torch.float32, None)
     offload_device = comfy.model_management.unet_offload_device()
     model = config.get_model(weights, device=offload_device)
