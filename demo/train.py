@@ -8,6 +8,7 @@ to zero at the end. `export` writes the averaged weights to the file that the pa
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import random
 import time
@@ -90,8 +91,9 @@ class Denoiser(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.text = TextEncoder()
-        config = {key: list(value) if isinstance(value, list) else value for key, value in UNET.items()}
-        self.unet = UNetModel(**config, device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+        self.unet = UNetModel(
+            **copy.deepcopy(UNET), device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init
+        )
         for module in self.unet.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
@@ -134,6 +136,8 @@ class Run:
             module.load_state_dict({key: shipped[prefix + key].float() for key in module.state_dict()})
             self.use_parameters()
             print(f"{name}: starting from the shipped weights", flush=True)
+        elif not minutes:
+            raise SystemExit(f"there are no {name} weights yet: train that stage first")
 
     def steps(self) -> Iterator[int]:
         """Step numbers until the time is up; the caller computes a loss and calls `update` once for each."""

@@ -14,6 +14,13 @@ from torch import Tensor
 FORMAT = "palimpsest.trajectory/1"
 
 
+def sigma_index(sigmas: Tensor, sigma: float) -> int | None:
+    """The index of `sigma` in a schedule, or None where it holds no such sigma (relative tolerance 1e-4)."""
+    distance = (sigmas - sigma).abs()
+    nearest = int(distance.argmin())
+    return nearest if distance[nearest] <= 1e-4 * abs(sigma) + 1e-6 else None
+
+
 class ModelIdentity(NamedTuple):
     """What tells one diffusion model from another: its class, its prediction type and a few of its weights."""
 
@@ -48,10 +55,8 @@ class Trajectory(NamedTuple):
         return len(self.sigmas) - 1
 
     def index(self, sigma: float) -> int | None:
-        """The index of `sigma` in the schedule, or None where it holds no such sigma (relative tolerance 1e-4)."""
-        distance = (self.sigmas - sigma).abs()
-        nearest = int(distance.argmin())
-        return nearest if distance[nearest] <= 1e-4 * abs(sigma) + 1e-6 else None
+        """Where `sigma` stands in the schedule, or None."""
+        return sigma_index(self.sigmas, sigma)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file. Raises ValueError for conditionings that hold more than tensors and numbers."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..host.model import identity, prediction_type
 from ..host.refusals import check_deterministic, check_latent, check_unguided
 from ..host.source import KEY
-from ..host.trajectory import Trajectory
+from ..host.trajectory import Trajectory, sigma_index
 from .ddim import inverse_step
 
 
@@ -96,23 +96,22 @@ def record(
         raise ValueError("Record Trajectory was given no sigmas: set denoise to 1 in the scheduler node.")
     check_latent(model, samples)
     check_deterministic(sampler)
-    levels = sigmas.tolist()
+    schedule = sigmas.cpu()
     states: dict[int, Tensor] = {}
 
     def keep(executor, x: Tensor, timestep: Tensor, *args):
-        sigma = float(timestep[0])
-        nearest = min(range(len(levels)), key=lambda i: abs(levels[i] - sigma))
-        if abs(levels[nearest] - sigma) <= 1e-4 * sigma:
-            states[nearest] = x.to("cpu", torch.float32)  # the last call at a sigma is the one that starts its step
+        index = sigma_index(schedule, float(timestep[0]))
+        if index is not None:
+            states[index] = x.to("cpu", torch.float32)  # the last call at a sigma is the one that starts its step
         return executor(x, timestep, *args)
 
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, keep)
     result = _sample(model, guidance, sampler, sigmas, noise, samples, seed)
-    states[len(levels) - 1] = model.model.process_latent_in(result).to("cpu", torch.float32)
-    if len(states) < len(levels):
+    states[len(sigmas) - 1] = model.model.process_latent_in(result).to("cpu", torch.float32)
+    if len(states) < len(sigmas):
         raise ValueError("The sampler did not visit every sigma of its schedule: choose euler, ddim or dpmpp_2m.")
-    return _trajectory(model, guidance, [states[i] for i in range(len(levels))], sigmas), result
+    return _trajectory(model, guidance, [states[i] for i in range(len(sigmas))], sigmas), result
 
 
 def _sample(

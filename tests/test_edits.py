@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from palimpsest.benchmarks import edits
 from palimpsest.benchmarks.picture import sample
-from palimpsest.demo import scenes, score
+from palimpsest.demo import model as demo_model
+from palimpsest.demo import scenes, score, train
 from palimpsest.host.model import noise_latent
 from palimpsest.inversion.ddim import leading_sigmas
 from palimpsest.inversion.run import Guidance, invert
@@ -91,6 +93,22 @@ def test_demo_model_draws_what_it_is_asked_for(demo: tuple) -> None:
     for image, scene in zip(images, asked, strict=True):
         verdict = score.judge(image, scene)
         assert all(verdict[aspect] for aspect in ("shape", "color", "background"))
+
+
+def test_the_loaded_networks_are_the_trained_ones(demo: tuple) -> None:
+    """Same weights and same shapes do not suffice: another number of attention heads would go unseen."""
+    model, clip, _ = demo
+    trained, shipped = train.Denoiser(), load_file(demo_model.WEIGHTS)
+    trained.load_state_dict({key: shipped[key].float() for key in trained.state_dict()})
+    embedding = edits.encode(clip, [SOURCE])[0]
+    torch.testing.assert_close(trained.text([SOURCE]), embedding, rtol=1e-4, atol=1e-4)
+    latent, timestep = torch.randn(1, 12, 16, 16), torch.tensor([500.0])
+    torch.testing.assert_close(
+        model.model.diffusion_model(latent, timestep, context=embedding),
+        trained(latent, timestep, [SOURCE]),
+        rtol=1e-3,
+        atol=1e-4,
+    )
 
 
 def test_demo_autoencoder_is_exact_in_and_close_out(demo: tuple) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import comfy.latent_formats
@@ -47,7 +48,7 @@ class _Config(comfy.supported_models_base.BASE):
 
 
 def tiny_model(prediction: ModelType = ModelType.EPS, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
-    config = _Config({key: list(value) if isinstance(value, list) else value for key, value in UNET.items()})
+    config = _Config(copy.deepcopy(UNET))
     config.prediction = prediction
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, device=torch.device("cpu"))
