@@ -1,36 +1,250 @@
-"""Word-level alignment of two prompts' tokens, and the matrix that carries attention from one to the other. Pure torch.
+"""Alignment of two prompts' tokens, and the matrices that carry attention from one to the other. Pure torch.
 
-A prompt's tokens are the host tokenizer's: byte-pair pieces, of which the last of a word ends in "</w>", between one
-start and one end token and padded to the encoder's length.
+A prompt's tokens are the host tokenizer's, in chunks of equal length: one start token, byte-pair pieces, of which the
+last of a word ends in "</w>", and the tail, which is one end token and padding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import chain, pairwise
+from math import lcm
+from string import punctuation, whitespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+ALIGNMENTS = ("auto", "swap", "refine")
+
+# Byte-pair pieces write each byte of the text as one sign: these bytes as the signs from 256 on, all others as Latin-1.
+_BYTES = dict(enumerate([*range(33), *range(127, 161), 173], 256))
+
+# --- words -----------------------------------------------------------------------------------------------------------
 
 
 class Words(NamedTuple):
-    """A prompt's words and where each stands among its tokens."""
+    """A prompt's tokens and words.
 
+    pieces: the texts of all tokens, chunk after chunk. tokens: where each word's are among them. chunk: tokens in one.
+    """
+
+    pieces: tuple[str, ...]
     texts: tuple[str, ...]
-    spans: tuple[tuple[int, int], ...]  # [first, last) token of each word
-    length: int  # tokens with padding
+    tokens: tuple[tuple[int, ...], ...]
+    chunk: int
+
+    @property
+    def length(self) -> int:
+        return len(self.pieces)
+
+
+class Special(NamedTuple):
+    """The tokens of a chunk that are no word's: its start token, and its end token with the padding."""
+
+    start: int
+    tail: range
+
+
+def readable(pieces: str) -> str:
+    return pieces.removesuffix("</w>").translate(_BYTES).encode("latin-1").decode(errors="replace")
+
+
+def words(chunks: list[list[str]]) -> Words:
+    """The words of a prompt's token texts, by chunk. A word may go on in the next chunk."""
+    pieces = tuple(chain.from_iterable(chunks))
+    length = len(chunks[0])
+    inner = [k * length + i for k, chunk in enumerate(chunks) for i in range(1, chunk.index(END))]
+    ends = [n for n, i in enumerate(inner, 1) if pieces[i].endswith("</w>")]
+    tokens = tuple(tuple(inner[first:end]) for first, end in pairwise([0, *ends]))
+    texts = tuple(readable("".join(pieces[i] for i in word)) for word in tokens)
+    return Words(pieces, texts, tokens, length)
+
+
+def specials(words: Words) -> list[Special]:
+    starts = range(0, words.length, words.chunk)
+    return [Special(i, range(words.pieces.index(END, i), i + words.chunk)) for i in starts]
+
+
+def find_words(words: Words, phrase: str) -> tuple[int, ...]:
+    """The tokens of every occurrence of a phrase, a word or several in a row; () where there is none.
+
+    Case and the signs around the phrase do not matter, unless it is nothing but signs.
+    """
+    return _occurrences(words, phrase.strip(punctuation + whitespace)) or _occurrences(words, phrase)
+
+
+def _occurrences(words: Words, phrase: str) -> tuple[int, ...]:
+    found: set[int] = set()
+    for first in range(len(words.texts)):
+        end = first
+        for part in phrase.lower().split():
+            text = ""  # one part may be several words: "well-lit", "3d"
+            while len(text) < len(part) and end < len(words.texts):
+                text += words.texts[end]
+                end += 1
+            if text != part:
+                break
+        else:
+            found.update(*words.tokens[first:end])
+    return tuple(sorted(found))
+
+
+# --- alignment -------------------------------------------------------------------------------------------------------
+
+
+def align(source: Sequence[str], target: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs of equal items, [source index, target index] in rising order: a longest common subsequence.
+
+    This is Needleman-Wunsch with gap 0 and match 1, a mismatch never chosen, as in Prompt-to-Prompt's public code. Of
+    the longest ones it is one with most pairs next to each other, and of these one near the target's beginning.
+    """
+    match = len(source) + 1  # a pair counts for more than all neighbours together
+    # Of the first i and j items: the best score, and the best of those that end with the pair of the last two.
+    best = [[0] * (len(target) + 1) for _ in range(len(source) + 1)]
+    paired = [[-1] * (len(target) + 1) for _ in range(len(source) + 1)]
+    for i, one in enumerate(source, 1):
+        for j, other in enumerate(target, 1):
+            if one == other:
+                paired[i][j] = match + max(best[i - 1][j - 1], paired[i - 1][j - 1] + 1)
+            best[i][j] = max(best[i - 1][j], best[i][j - 1], paired[i][j])
+    pairs, (i, j), joined = [], (len(source), len(target)), False
+    while i and j:
+        if joined or best[i][j] > max(best[i - 1][j], best[i][j - 1]):
+            i, j = i - 1, j - 1
+            pairs.append((i, j))
+            joined = paired[i][j] + 1 > best[i][j]
+        elif best[i][j] == best[i][j - 1]:
+            j -= 1
+        else:
+            i -= 1
+    return pairs[::-1]
+
+
+def _blocks(source: Words, target: Words) -> Iterator[tuple[slice, slice]]:
+    """The words of both prompts in order: those in common pair by pair, and what lies between them."""
+    pairs = [*_word_pairs(source.texts, target.texts), (len(source.texts), len(target.texts))]
+    for (i, j), (next_i, next_j) in pairwise([(-1, -1), *pairs]):
+        yield slice(i + 1, next_i), slice(j + 1, next_j)
+        yield slice(next_i, next_i + 1), slice(next_j, next_j + 1)
+
+
+def _word_pairs(source: Sequence[str], target: Sequence[str]) -> list[tuple[int, int]]:
+    """As `align`, but place by place where that keeps as many words: then all others are swapped one for one."""
+    pairs = align(source, target)
+    in_place = [(i, i) for i, (one, other) in enumerate(zip(source, target, strict=False)) if one == other]
+    return in_place if len(source) == len(target) and len(in_place) == len(pairs) else pairs
+
+
+def resolve(source: Words, target: Words, alignment: str) -> str:
+    """ "auto" as "swap" where the prompts differ only by words replaced one for one, as "refine" elsewhere."""
+    if alignment != "auto":
+        return alignment
+    swapped = all(len(source.texts[ones]) == len(target.texts[others]) for ones, others in _blocks(source, target))
+    return "swap" if swapped else "refine"
+
+
+# --- attention carried over ------------------------------------------------------------------------------------------
+
+
+class Carry(NamedTuple):
+    """The edited attention map in parts: A_source @ source + A_target @ diag(own).
+
+    source: [source tokens, target tokens] fp32. own: [target tokens] fp32. PromptEdit stacks both, [targets, ...].
+    """
+
+    source: Tensor
+    own: Tensor
+
+
+def carry_over(source: Words, target: Words, alignment: str) -> Carry:
+    """How the target's tokens take over the source's attention, by alignment "swap" or "refine".
+
+    Swap (Prompt-to-Prompt, arXiv 2208.01626, section 3.2: replacement) pairs words, refine (prompt refinement) tokens.
+    Either way the attention of start, end and padding is conserved, however much of it the other prompt has.
+    """
+    matrix = torch.zeros(source.length, target.length)
+    for rows, columns in (_swapped if alignment == "swap" else _refined)(source, target):
+        if len(rows) == len(columns):
+            matrix[rows, columns] = 1
+        elif columns:
+            matrix[torch.tensor(rows, dtype=torch.long)[:, None], columns] = 1 / len(columns)
+    for one, others in _paired_specials(source, target):
+        for other in others:
+            matrix[one.start, other.start] = 1 / len(others)
+            _fold(matrix, one.tail, other.tail, 1 / len(others))
+    return Carry(matrix, (matrix.sum(0) == 0).float())
+
+
+def _swapped(source: Words, target: Words) -> Iterator[tuple[list[int], list[int]]]:
+    """Source tokens and the target tokens in their place: word by word, or by blocks where the words do not pair up."""
+    for i, j in _blocks(source, target):
+        ones, others = source.tokens[i], target.tokens[j]
+        if len(ones) == len(others):
+            yield from zip(map(list, ones), map(list, others), strict=True)
+        else:
+            yield [*chain.from_iterable(ones)], [*chain.from_iterable(others)]
+
+
+def _refined(source: Words, target: Words) -> Iterator[tuple[list[int], list[int]]]:
+    ones, others = ([*chain.from_iterable(prompt.tokens)] for prompt in (source, target))
+    pairs = align([source.pieces[i] for i in ones], [target.pieces[j] for j in others])
+    yield [ones[i] for i, _ in pairs], [others[j] for _, j in pairs]
+
+
+def _paired_specials(source: Words, target: Words) -> Iterator[tuple[Special, list[Special]]]:
+    """Each source chunk's specials and those that share their attention; the last serves all chunks that remain."""
+    ones, others = specials(source), specials(target)
+    for k, one in enumerate(ones):
+        if k >= len(others):
+            yield one, [Special(others[-1].start, others[-1].tail[-1:])]
+        else:
+            yield one, others[k:] if k == len(ones) - 1 else [others[k]]
+
+
+def _fold(matrix: Tensor, rows: range, columns: range, weight: float) -> None:
+    """Position by position; surplus rows all go to the last column, spare columns share the last row."""
+    common = min(len(rows), len(columns))
+    matrix[rows[:common], columns[:common]] = weight
+    matrix[rows[common:], columns[-1]] = weight
+    spare = columns[common - 1 :]
+    matrix[rows[-1], spare] = weight / len(spare)
+
+
+# --- the socket ------------------------------------------------------------------------------------------------------
 
 
 class PromptEdit(NamedTuple):
-    """The PROMPT_EDIT socket: two aligned prompts.
+    """The PROMPT_EDIT socket: one source prompt and K targets.
 
-    mapper: [source tokens, target tokens] fp32; row i says over which target tokens the source token i spreads.
-    embeddings: the source and the target prompt's, [1, tokens, channels] each, by which they are recognised elsewhere.
+    alignments: "swap" or "refine" for each target. embeddings: the source's, [1, tokens, channels], and the targets',
+    [K, tokens, channels], by which they are recognised elsewhere; targets of fewer tokens are repeated to a common
+    length, which leaves attention over them as it is. pooled: the targets' pooled embeddings [K, channels].
     """
 
     source: Words
-    target: Words
-    mapper: Tensor
+    targets: tuple[Words, ...]
+    alignments: tuple[str, ...]
     embeddings: tuple[Tensor, Tensor]
+    pooled: Tensor | None = None
+
+    def carry(self, alignment: str | None = None) -> Carry:
+        """For all targets: source [K, source tokens, target tokens], own [K, target tokens].
+
+        Of a repeated target, the source's attention goes to the first copy, the target's own to all. `alignment`
+        overrides each target's.
+        """
+        length = self.embeddings[1].shape[1]
+        carries = [
+            carry_over(self.source, target, alignment or own)
+            for target, own in zip(self.targets, self.alignments, strict=True)
+        ]
+        return Carry(
+            torch.stack([pad(carry.source, (0, length - len(carry.own))) for carry in carries]),
+            torch.stack([carry.own.repeat(length // len(carry.own)) for carry in carries]),
+        )
 
 
 def same_prompt(one: Tensor, other: Tensor) -> bool:
@@ -38,40 +252,14 @@ def same_prompt(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool((one.to(other) - other).norm() <= 0.01 * other.norm())
 
 
-def words(pieces: list[str]) -> Words:
-    """The words of a prompt's token texts (all of them: start, pieces, end, padding)."""
-    end = next(i for i, piece in enumerate(pieces) if piece == "<|endoftext|>")
-    texts, spans, first = [], [], 1
-    for i in range(1, end):
-        if pieces[i].endswith("</w>") or i == end - 1:
-            texts.append("".join(pieces[first : i + 1]).removesuffix("</w>"))
-            spans.append((first, i + 1))
-            first = i + 1
-    return Words(tuple(texts), tuple(spans), len(pieces))
-
-
-def swap_mapper(source: Words, target: Words) -> Tensor:
-    """The word-swap matrix M of Prompt-to-Prompt (arXiv 2208.01626, section 3.2): [source.length, target.length] fp32.
-
-    The edited map is A_source @ M. Words are paired in order; a word of s tokens swapped for one of t spreads each of
-    its columns over all t (the identity where s = t). Every row sums to 1, so no attention mass is lost: the public
-    code breaks this for tokens after a pair of unequal lengths. Raises ValueError where the word counts differ.
-    """
-    if len(source.texts) != len(target.texts):
-        raise ValueError(
-            f"Word swap replaces words one for one, but the source prompt has {len(source.texts)} words "
-            f"({' | '.join(source.texts)}) and the target prompt {len(target.texts)} ({' | '.join(target.texts)}): "
-            "write both with the same number of words in Prompt Edit; commas and other signs count."
-        )
-    mapper = torch.zeros(source.length, target.length)
-    mapper[0, 0] = 1
-    for (i, i_end), (j, j_end) in zip(source.spans, target.spans, strict=True):
-        block = mapper[i:i_end, j:j_end]
-        block.copy_(torch.eye(i_end - i) if i_end - i == j_end - j else torch.full_like(block, 1 / (j_end - j)))
-    i, j = source.spans[-1][1], target.spans[-1][1]
-    common = min(source.length - i, target.length - j)  # end token and padding
-    mapper[range(i, i + common), range(j, j + common)] = 1
-    mapper[i + common :, -1] = 1  # padding that the longer target prompt pushed out
-    spread = target.length - j - common
-    mapper[-1, target.length - 1 - spread :] = 1 / (spread + 1)  # padding that the shorter one has to spare
-    return mapper
+def join(edits: Sequence[PromptEdit]) -> PromptEdit:
+    """The targets of several edits of one source, in order."""
+    targets = [edit.embeddings[1] for edit in edits]
+    length = lcm(*(target.shape[1] for target in targets))
+    return PromptEdit(
+        edits[0].source,
+        tuple(chain.from_iterable(edit.targets for edit in edits)),
+        tuple(chain.from_iterable(edit.alignments for edit in edits)),
+        (edits[0].embeddings[0], torch.cat([target.repeat(1, length // target.shape[1], 1) for target in targets])),
+        None if edits[0].pooled is None else torch.cat([edit.pooled for edit in edits]),
+    )

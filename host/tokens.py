@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from hashlib import sha256
+from itertools import groupby, islice
+
 from comfy.sd import CLIP
+from torch import Tensor
+
+from ..attention.alignment import END, START, Words, words
+
+Token = tuple[int | Tensor, float, int]
+"""The host's: token or textual inversion vector, weight, stretch of the prompt; stretch 0 is start, end and padding."""
 
 
-def token_texts(clip: CLIP, tokens: dict, prompt: str) -> list[str]:
-    """The texts of all tokens of `tokens`, a tokenized prompt; `prompt` names it in errors.
+def prompt_words(clip: CLIP, prompt: str, name: str) -> Words:
+    """The tokens and words of a prompt, which `name` names in errors.
 
-    SDXL's two tokenizers split a prompt alike, so the first speaks for both. Raises ValueError for text encoders that
-    are not CLIP, for empty prompts and for those that do not fit one chunk.
+    Raises ValueError for text encoders that are not CLIP, and where two of them divide the prompt differently.
     """
-    name, chunks = next(iter(tokens.items()))
-    tokenizer = getattr(clip.tokenizer, f"clip_{name}", None)
-    if tokenizer is None:
+    tokens = clip.tokenize(prompt, return_word_ids=True)
+    tokenizers = [getattr(clip.tokenizer, f"clip_{key}", None) for key in tokens]
+    if None in tokenizers:
         raise ValueError(
             "Prompt Edit needs a CLIP text encoder: connect the CLIP of an SD1.x, SD2.x or SDXL checkpoint."
         )
-    room = tokenizer.max_length - 2
-    if len(chunks) > 1:
-        special = (tokenizer.start_token, tokenizer.end_token, tokenizer.pad_token)
-        used = sum(1 for chunk in chunks for token, _ in chunk if token not in special)
-        raise ValueError(f"The {prompt} prompt has {used} tokens, but {room} fit: shorten it in Prompt Edit.")
-    texts = [
-        tokenizer.inv_vocab[token] if isinstance(token, int) else f"<embedding {i}></w>"
-        for i, (token, _) in enumerate(chunks[0])
+    chunks, *others = tokens.values()
+    if any(_places(other) != _places(chunks) for other in others):
+        raise ValueError(
+            f"The text encoders of this CLIP divide the {name} prompt into tokens differently: in Prompt Edit use "
+            "encoders of one length, and textual inversions with as many vectors for each of them."
+        )
+    return words(_texts(chunks, tokenizers[0].inv_vocab))
+
+
+def _places(chunks: list[list[Token]]) -> list[list[int | None]]:
+    """What stands where, but padding, of which each encoder has its own; textual inversions whatever their values."""
+    return [
+        [None if isinstance(token, Tensor) else token for token, _, stretch in chunk if stretch] for chunk in chunks
     ]
-    if texts[1] == tokenizer.inv_vocab[tokenizer.end_token]:
-        raise ValueError(f"The {prompt} prompt is empty: type what the image shows in Prompt Edit.")
-    return texts
+
+
+def _texts(chunks: list[list[Token]], vocabulary: dict[int, str]) -> list[list[str]]:
+    inner = [[token for token in chunk if token[2]] for chunk in chunks]
+    texts = _inner_texts([token for tokens in inner for token in tokens], vocabulary)
+    return [
+        [START, *islice(texts, len(tokens)), *[END] * (len(chunk) - 1 - len(tokens))]
+        for chunk, tokens in zip(chunks, inner, strict=True)
+    ]
+
+
+def _inner_texts(tokens: list[Token], vocabulary: dict[int, str]) -> Iterator[str]:
+    for (_, is_vector), group in groupby(tokens, lambda token: (token[2], isinstance(token[0], Tensor))):
+        stretch = [token for token, _, _ in group]
+        if is_vector:  # one word, by whose name equal ones are recognised in the other prompt
+            names = ",".join(sha256(vector.float().numpy().tobytes()).hexdigest()[:4] for vector in stretch)
+            yield from re.split("(?=,)", f"<embedding:{names}></w>")
+        else:  # a start or end token that was typed is a word
+            yield from (text + "</w>" * (text in (START, END)) for text in map(vocabulary.get, stretch))

@@ -1,11 +1,13 @@
-"""The node that says which words change."""
+"""The nodes that say which words change."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..attention import alignment
-from ..host.tokens import token_texts
+from ..attention import alignment_picture
+from ..attention.alignment import ALIGNMENTS, carry_over, join, resolve, same_prompt
+from ..attention.alignment import PromptEdit as Edit
+from ..host.tokens import prompt_words
 from . import sockets
 
 
@@ -20,17 +22,35 @@ class PromptEdit(io.ComfyNode):
             display_name="Prompt Edit",
             category="Palimpsest/edit",
             description=(
-                "Two prompts with the same number of words: what the image shows, and what it should show instead. "
-                "Connect source to DDIM Inversion, target to the sampler, and the edit to P2P Attention Controller."
+                "Two prompts: what the image shows, and what it should show instead, with words swapped, added or "
+                "left out. Connect source to DDIM Inversion, target to the sampler, and the edit to P2P Attention "
+                "Controller."
             ),
-            search_aliases=["word swap", "prompt to prompt", "p2p prompts", "source target prompt"],
+            search_aliases=[
+                "word swap",
+                "prompt refinement",
+                "prompt to prompt",
+                "p2p prompts",
+                "source target prompt",
+            ],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of the model that edits."),
                 prompt("source_prompt", "a red circle on a blue background", "What the image shows now."),
                 prompt(
                     "target_prompt",
                     "a red star on a blue background",
-                    "The same sentence with some words swapped, one for one. Everything else is kept.",
+                    "The same prompt with some words changed. What both have in common is kept.",
+                ),
+                io.Combo.Input(
+                    "alignment",
+                    options=list(ALIGNMENTS),
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "swap: changed words take the places of those that they replace. refine: they find places of "
+                        "their own. auto: swap if words are replaced one for one, refine if any are added or left out."
+                    ),
                 ),
             ],
             outputs=[
@@ -39,16 +59,71 @@ class PromptEdit(io.ComfyNode):
                 sockets.PromptEdit.Output(
                     "prompt_edit", tooltip="Which words became which, for P2P Attention Controller."
                 ),
+                io.Image.Output(
+                    "alignment_picture",
+                    tooltip="Source words down, target words across: whose attention goes where. For Preview Image.",
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, clip, source_prompt, target_prompt) -> io.NodeOutput:
+    def execute(cls, clip, source_prompt, target_prompt, alignment="auto") -> io.NodeOutput:
         if clip is None:
             raise ValueError("Prompt Edit got no CLIP: the checkpoint holds no text encoder; load one with Load CLIP.")
-        tokens = {"source": clip.tokenize(source_prompt), "target": clip.tokenize(target_prompt)}
-        source, target = (alignment.words(token_texts(clip, tokens[name], name)) for name in tokens)
-        mapper = alignment.swap_mapper(source, target)
-        conditionings = [clip.encode_from_tokens_scheduled(tokens[name]) for name in tokens]
-        embeddings = tuple(conditioning[0][0] for conditioning in conditionings)
-        return io.NodeOutput(*conditionings, alignment.PromptEdit(source, target, mapper, embeddings))
+        source, target = prompt_words(clip, source_prompt, "source"), prompt_words(clip, target_prompt, "target")
+        if not source.texts:
+            raise ValueError("The source prompt is empty: type what the image shows in Prompt Edit.")
+        alignment = resolve(source, target, alignment)
+        conditionings = [
+            clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for prompt in (source_prompt, target_prompt)
+        ]
+        (source_embedding, _), (target_embedding, target_options) = (conditioning[0] for conditioning in conditionings)
+        edit = Edit(
+            source,
+            (target,),
+            (alignment,),
+            (source_embedding, target_embedding),
+            target_options.get("pooled_output"),
+        )
+        picture = alignment_picture.draw(source, target, carry_over(source, target, alignment))
+        return io.NodeOutput(*conditionings, edit, picture)
+
+
+class BatchPromptEdits(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        edit = sockets.PromptEdit.Input("prompt_edit", tooltip="A Prompt Edit with the same source prompt.")
+        return io.Schema(
+            node_id="PalimpsestBatchPromptEdits",
+            display_name="Batch Prompt Edits",
+            category="Palimpsest/edit",
+            description=(
+                "Joins edits of one source prompt, so that one run samples all their targets side by side. Repeat the "
+                "noise once for each target with Repeat Latent Batch."
+            ),
+            search_aliases=["several targets", "prompt batch", "batch edits", "join prompt edits", "compare prompts"],
+            inputs=[
+                io.Autogrow.Input(
+                    "prompt_edits",
+                    template=io.Autogrow.TemplateNames(edit, [f"prompt_edit_{i}" for i in range(1, 9)], min=2),
+                    tooltip="Two to eight Prompt Edits with the same source prompt, in the order of the pictures.",
+                )
+            ],
+            outputs=[
+                io.Conditioning.Output("target", tooltip="All target prompts: positive of the sampler that edits."),
+                sockets.PromptEdit.Output("prompt_edit", tooltip="All edits, for P2P Attention Controller."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, prompt_edits: io.Autogrow.Type) -> io.NodeOutput:
+        edits = list(prompt_edits.values())
+        for name, edit in prompt_edits.items():
+            if not same_prompt(edit.embeddings[0], edits[0].embeddings[0]):
+                raise ValueError(
+                    f"Batch Prompt Edits joins edits of one source prompt, but that of {name} "
+                    f"({' '.join(edit.source.texts)}) is not the first one's ({' '.join(edits[0].source.texts)}): "
+                    "give every Prompt Edit the same CLIP and source_prompt."
+                )
+        edit = join(edits)
+        return io.NodeOutput([[edit.embeddings[1], {"pooled_output": edit.pooled}]], edit)
