@@ -6,15 +6,29 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+Block = tuple[str, int]
+"""A block of a UNet as the host names it: ("input", 4), ("middle", 0), ("output", 11)."""
+
 
 class Layer(NamedTuple):
-    """One attention layer: "self" or "cross", where it stands in the UNet, and its number of positions (h * w)."""
+    """A "self" or "cross" attention layer or the "feature" of a residual block: where it stands in the UNet, and the
+    size of its image.
+    """
 
     kind: str
     block: str
     number: int
     index: int
-    positions: int
+    height: int
+    width: int
+
+    @property
+    def positions(self) -> int:
+        return self.height * self.width
+
+    @property
+    def block_id(self) -> Block:
+        return self.block, self.number
 
 
 class Inputs(NamedTuple):
@@ -25,17 +39,65 @@ class Inputs(NamedTuple):
     value: Tensor  # [b, tokens, channels]
 
 
+class Read(NamedTuple):
+    """One term of what the target's attention returns: the attention of `inputs`.
+
+    carry: [1 or b, tokens of inputs, tokens of target], where the value is carry @ the target's own value and the
+    target's map thus A @ carry; None where that map is A itself.
+    weight: [positions, 1], by which the term counts at each position, all terms' together 1; None where they add up.
+    """
+
+    inputs: Inputs
+    carry: Tensor | None = None
+    weight: Tensor | None = None
+
+
+class Rule(Protocol):
+    """An edit at one point of the schedule.
+
+    node: the display name of the node that made it. everyone: whether the negative's rows read as the target's do.
+    features: the blocks whose residual features are to be the source's.
+    """
+
+    node: str
+    everyone: bool
+    features: tuple[Block, ...]
+
+    def wants(self, layer: Layer) -> bool:
+        """Whether the target reads from the source in this layer."""
+
+    def read(self, layer: Layer, source: Inputs, target: Inputs) -> tuple[Read, ...]:
+        """What the target reads in an attention layer instead of `target`: the terms of what its attention returns.
+
+        Tokens are those of the two prompts, never tiled. Both have the batch of the target.
+        """
+
+
 class Edit(Protocol):
-    """A rule for what the target reads from the source. `fraction` is the finished part of the schedule, 0 to 1."""
+    """A rule for what the target reads from the source."""
 
-    def check(self, positive: Tensor) -> None:
-        """Raises ValueError where the sampler's positive embedding [b, tokens, channels] is not the edit's target."""
+    def check(self, positive: Tensor, batch: int) -> None:
+        """Raises ValueError where the sampler's positive embedding [k, tokens, channels], for `batch` images, is not
+        the edit's target.
+        """
 
-    def active(self, fraction: float) -> bool:
-        """Whether any layer reads from the source at this point."""
+    def at(self, fraction: float) -> Rule | None:
+        """The edit where `fraction` (0 to 1) of the schedule is finished; None where it reads nothing."""
 
-    def wants(self, layer: Layer, fraction: float) -> bool:
-        """Whether this layer does."""
 
-    def read(self, layer: Layer, source: Inputs, target: Inputs) -> Inputs:
-        """What the target reads there instead of `target`; tokens are those of the two prompts, never tiled."""
+class Blend(Protocol):
+    """Keeps the source outside a mask, after every step."""
+
+    columns: tuple[Tensor, Tensor] | None
+    """Of the phrases to measure: [k, source tokens, m], [k, target tokens, m], 1 at a phrase's tokens; None for none.
+    The images of a batch take the k in turn.
+    """
+
+    def check(self, positive: Tensor, batch: int) -> None:
+        """As Edit.check."""
+
+    def applies(self, fraction: float) -> bool:
+        """Whether the state that is reached where `fraction` of the schedule is finished is blended."""
+
+    def mask(self, source: Tensor | None, target: Tensor | None, size: tuple[int, int]) -> Tensor:
+        """[1 or b, 1, *size] in 0..1, 0 where the source is kept, from the phrases' maps so far, [b, m, h, w] each."""

@@ -72,7 +72,10 @@ def invert(model: ModelPatcher, guidance: Guidance, samples: Tensor, sigmas: Ten
 
     Raises ValueError for models, latents and settings that cannot be inverted.
     """
-    _check_unedited(model, "DDIM Inversion")
+    if KEY in model.model_options["transformer_options"]:
+        raise ValueError(
+            "DDIM Inversion was given a MODEL that is already edited: connect the MODEL from before the edit nodes."
+        )
     check_unguided(model)
     check_latent(model, samples)
     if guidance.cfg != 1 and guidance.negative is None:
@@ -89,9 +92,10 @@ def record(
 ) -> tuple[Trajectory, Tensor]:
     """Sample as the host does and keep the state at every sigma: the trajectory and the sampled latent.
 
+    An edited model may be recorded too: its trajectory is the edited image's, for its maps or a further edit.
+
     noise and samples: [b, c, h, w] as the host's samplers take them. Raises ValueError for samplers that add noise.
     """
-    _check_unedited(model, "Record Trajectory")
     if len(sigmas) < 2:
         raise ValueError("Record Trajectory was given no sigmas: set denoise to 1 in the scheduler node.")
     check_latent(model, samples)
@@ -102,7 +106,7 @@ def record(
     def keep(executor, x: Tensor, timestep: Tensor, *args):
         index = sigma_index(schedule, float(timestep[0]))
         if index is not None:
-            states[index] = x.to("cpu", torch.float32)  # the last call at a sigma is the one that starts its step
+            states[index] = x.to("cpu", torch.float32, copy=True)  # the last call at a sigma is the one that starts its step
         return executor(x, timestep, *args)
 
     model = model.clone()
@@ -130,10 +134,3 @@ def _sample(
 
 def _trajectory(model: ModelPatcher, guidance: Guidance, states: list[Tensor], sigmas: Tensor) -> Trajectory:
     return Trajectory(torch.stack(states), sigmas.to("cpu", torch.float32), guidance.positive, identity(model))
-
-
-def _check_unedited(model: ModelPatcher, node: str) -> None:
-    if KEY in model.model_options["transformer_options"]:
-        raise ValueError(
-            f"{node} was given a MODEL that is already edited: connect the MODEL from before the edit nodes."
-        )

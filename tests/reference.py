@@ -1,14 +1,27 @@
-"""Prompt-to-Prompt with Direct Inversion written out plainly: explicit attention maps, float64, a call for each row."""
+"""Edits with Direct Inversion written out plainly: explicit attention maps, float64, a call for each row."""
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.model_sampling import V_PREDICTION
 from torch import Tensor
 
 from palimpsest.host.trajectory import Trajectory
+
+MapEdit = Callable[[int, Tensor, Tensor], Tensor]
+After = Callable[[int, Tensor, dict[str, list[Tensor]]], Tensor]
+"""Takes a step, the target's x after it, and the cross-attention maps that "source" and "target" attended by in each
+layer, [b, heads, positions, tokens]; returns the x to go on with."""
+
+
+def swapped(mapper: Tensor, steps: int) -> MapEdit:
+    """Word swap for the first steps: A_source M."""
+    return lambda step, source, own: source @ mapper.double() if step < steps else own
 
 
 class Parts(Protocol):
@@ -22,36 +35,47 @@ class Parts(Protocol):
     negative: list
 
 
-def classic_p2p(parts: Parts, mapper: Tensor, cross: int, self_: int, cfg: float) -> Tensor:
-    """The target's final x: A_target := A_source M for `cross` steps in cross-attention, A_source for `self_` in self-.
+Attend = Callable[[int, str, tuple, Tensor, Tensor, Tensor], Tensor]
+"""Takes a step, a role ("source", "target" or "negative"), a layer (kind, block, number, index) and its projected
+queries, keys and values [b, heads, positions or tokens, d]; returns the attention's result [b, heads, positions, d]."""
 
-    Every row runs alone, so that no context is tiled and nothing is shared but the maps. DDIM is Euler in sigma; the
-    source is set to its stored inversion at every step.
+
+def explicit(q: Tensor, k: Tensor) -> Tensor:
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+
+
+def classic_run(
+    parts: Parts,
+    cfg: float,
+    attend: Attend,
+    feature: Callable[[int, str, tuple, Tensor], Tensor] = lambda step, role, block, h: h,
+    after: Callable[[int, Tensor], Tensor] = lambda step, x: x,
+) -> Tensor:
+    """The target's final x of DDIM in float64 (Euler in sigma); the source is its stored inversion at every step.
+
+    Every row runs alone, source first, so that no context is tiled and nothing is shared but what `attend` and
+    `feature` (step, role, block, residual features) keep.
     """
     unet = pickle.loads(pickle.dumps(parts.model.model.diffusion_model)).double()
-    unet.dtype = mapper.double().dtype
-    maps: dict[tuple, Tensor] = {}
+    unet.dtype = torch.float64
     step, role = 0, ""
 
     def attention(kind: str):
         def replace(q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
             q, k, v = (t.unflatten(-1, (options["n_heads"], -1)).transpose(1, 2) for t in (q, k, v))
-            own = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
             place = (kind, *options["block"], options["block_index"])
-            if role == "source":
-                maps[place] = own
-            elif role == "target" and kind == "cross" and step < cross:
-                own = maps[place] @ mapper.double()
-            elif role == "target" and kind == "self" and step < self_:
-                own = maps[place]
-            return (own @ v).transpose(1, 2).flatten(2)
+            return attend(step, role, place, q, k, v).transpose(1, 2).flatten(2)
 
         return replace
 
+    for number, block in enumerate(unet.output_blocks):
+        last = block[0].out_layers[-1]
+        last.register_forward_hook(lambda m, i, h, block=("output", number): feature(step, role, block, h))
     blocks = [(name, i) for name in ("input", "middle", "output") for i in range(12)]
     replace = {name: dict.fromkeys(blocks, attention(kind)) for name, kind in (("attn1", "self"), ("attn2", "cross"))}
     sigmas = parts.sigmas.double()
-    table = parts.model.get_model_object("model_sampling").sigmas.double()
+    sampling = parts.model.get_model_object("model_sampling")
+    table = sampling.sigmas.double()
     x = parts.trajectory.states[0].double()
     for step, sigma in enumerate(sigmas[:-1]):
         timestep = (table - sigma).abs().argmin()[None].double()
@@ -59,7 +83,38 @@ def classic_p2p(parts: Parts, mapper: Tensor, cross: int, self_: int, cfg: float
         eps = {}
         for role, row in rows.items():
             context = getattr(parts, role)[0][0].double()
-            z = row / (1 + sigma**2).sqrt()
-            eps[role] = unet(z, timestep, context, transformer_options={"patches_replace": replace})
+            signal = (1 + sigma**2) ** -0.5  # sqrt(alpha_bar)
+            z = row * signal
+            output = unet(z, timestep, context, transformer_options={"patches_replace": replace})
+            eps[role] = signal * (output + sigma * z) if isinstance(sampling, V_PREDICTION) else output
         x = x + (sigmas[step + 1] - sigma) * (eps["negative"] + cfg * (eps["target"] - eps["negative"]))
+        x = after(step, x)
     return x
+
+
+def classic_p2p(parts: Parts, edited: MapEdit, self_: int, cfg: float, after: After | None = None) -> Tensor:
+    """The target's final x: its cross-attention maps are edited(step, A_source, A_target), [b, heads, positions,
+    tokens], its self-attention maps A_source for `self_` steps.
+    """
+    maps: dict[tuple, Tensor] = {}
+    attended: dict[str, list[Tensor]] = {"source": [], "target": [], "negative": []}
+
+    def attend(step: int, role: str, place: tuple, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        own, (kind, *_) = explicit(q, k), place
+        if role == "source":
+            maps[place] = own
+        elif role == "target" and kind == "cross":
+            own = edited(step, maps[place], own)
+        elif role == "target" and kind == "self" and step < self_:
+            own = maps[place]
+        if kind == "cross":
+            attended[role].append(own)
+        return own @ v
+
+    def stepped(step: int, x: Tensor) -> Tensor:
+        x = x if after is None else after(step, x, attended)
+        for layers in attended.values():
+            layers.clear()
+        return x
+
+    return classic_run(parts, cfg, attend, after=stepped)

@@ -16,11 +16,12 @@ from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from torch import Tensor
 
-from palimpsest.attention.p2p import Window, WordSwap
-from palimpsest.host.layer import Inputs, Layer
+from palimpsest.attention.alignment import Carry
+from palimpsest.attention.p2p import PromptToPrompt, Window
+from palimpsest.host.layer import Inputs, Layer, Read
 from palimpsest.host.source import attach
 from palimpsest.inversion.run import Guidance, invert, record
-from reference import classic_p2p
+from reference import classic_p2p, swapped
 from tiny import Tiny, conditioning, rows_of, tiny_model
 
 ALWAYS, NEVER = Window(0, 1), Window(0, 0)
@@ -33,9 +34,13 @@ def swap(
     self_: Window = ALWAYS,
     side: int = 32,
     target: Tensor | None = None,
-) -> WordSwap:
+) -> PromptToPrompt:
+    """A word swap, or any linear edit of the map, of all tokens at once."""
     target = conditioning(2, mapper.shape[1])[0][0] if target is None else target
-    return WordSwap(mapper, target, cross, self_, side**2)
+    none = torch.zeros(target.shape[:2])
+    carry = Carry(mapper.expand(len(target), -1, -1), none)
+    windows = torch.stack([none + cross.start, none + cross.end])
+    return PromptToPrompt(carry, target, none + 1, windows, self_, side**2)
 
 
 def some_mapper(source: int = 77, target: int = 77) -> Tensor:
@@ -46,21 +51,24 @@ def some_mapper(source: int = 77, target: int = 77) -> Tensor:
 class Probe:
     """An edit that changes nothing and keeps what it was offered."""
 
-    def __init__(self) -> None:
+    node, everyone, features = "Probe", False, ()
+
+    def __init__(self, *kinds: str) -> None:
+        self.kinds = kinds or ("self", "cross")
         self.seen: list[tuple[Layer, Inputs, Inputs]] = []
 
-    def check(self, positive: Tensor) -> None:
+    def check(self, positive: Tensor, batch: int) -> None:
         pass
 
-    def active(self, fraction: float) -> bool:
-        return True
+    def at(self, fraction: float) -> Probe:
+        return self
 
-    def wants(self, layer: Layer, fraction: float) -> bool:
-        return True
+    def wants(self, layer: Layer) -> bool:
+        return layer.kind in self.kinds
 
-    def read(self, layer: Layer, source: Inputs, target: Inputs) -> Inputs:
+    def read(self, layer: Layer, source: Inputs, target: Inputs) -> tuple[Read, ...]:
         self.seen.append((layer, source, target))
-        return target
+        return (Read(target),)
 
 
 @pytest.mark.parametrize(("cross", "self_"), [(4, 2), (5, 0), (0, 5)])
@@ -68,7 +76,7 @@ def test_target_equals_the_classic_pair(tiny: Tiny, cross: int, self_: int) -> N
     mapper = some_mapper()
     model = attach(tiny.model, tiny.trajectory, swap(mapper, Window(0, cross / 5), Window(0, self_ / 5)))
     ours = tiny.model.model.process_latent_in(tiny.sample(model))
-    theirs = classic_p2p(tiny, mapper, cross, self_, cfg=4.0)
+    theirs = classic_p2p(tiny, swapped(mapper, cross), self_, cfg=4.0)
     plain = tiny.model.model.process_latent_in(tiny.sample(tiny.model))
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()
     assert (plain - theirs).norm() > 1e-3 * theirs.norm()  # the edit does something here
@@ -224,7 +232,7 @@ def test_unequal_token_counts(
     if no_memory:
         split(monkeypatch, tiny)
     ours = tiny.sample(model, cfg=4.0)
-    theirs = tiny.model.model.process_latent_out(classic_p2p(tiny, some_mapper(source, target), 5, 0, cfg=4.0))
+    theirs = tiny.model.model.process_latent_out(classic_p2p(tiny, swapped(some_mapper(source, target), 5), 0, cfg=4.0))
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()
 
 
@@ -257,14 +265,16 @@ def test_a_run_in_two_parts_equals_one(tiny: Tiny) -> None:
 
 def test_two_edits_share_one_branch(tiny: Tiny) -> None:
     counted, rows = rows_of(tiny.model)
-    probe = Probe()
-    both = attach(attach(counted, tiny.trajectory, swap(some_mapper())), tiny.trajectory, probe)
+    probe = Probe("self")
+    both = attach(attach(counted, tiny.trajectory, swap(some_mapper(), self_=NEVER)), tiny.trajectory, probe)
     result = tiny.sample(both)
     assert rows == [3] * 5
     assert probe.seen
-    assert torch.equal(result, tiny.sample(attach(tiny.model, tiny.trajectory, swap(some_mapper()))))
+    assert torch.equal(result, tiny.sample(attach(tiny.model, tiny.trajectory, swap(some_mapper(), self_=NEVER))))
     with pytest.raises(ValueError, match="already carries such an edit"):
         attach(both, tiny.trajectory, swap())
+    with pytest.raises(ValueError, match="P2P Attention Controller and Probe on this MODEL both replace the cross-attention"):
+        tiny.sample(attach(attach(tiny.model, tiny.trajectory, swap()), tiny.trajectory, Probe("cross")))
 
 
 def test_edit_sees_every_attention_layer_once(tiny: Tiny) -> None:
@@ -277,10 +287,10 @@ def test_edit_sees_every_attention_layer_once(tiny: Tiny) -> None:
 
 
 def test_resolution_limit(tiny: Tiny) -> None:
-    limited = swap(side=4)
-    assert limited.wants(Layer("self", "middle", 0, 0, 16), 0.0)
-    assert not limited.wants(Layer("self", "input", 1, 0, 64), 0.0)
-    assert limited.wants(Layer("cross", "input", 1, 0, 64), 0.0)
+    limited = swap(side=4).at(0.0)
+    assert limited.wants(Layer("self", "middle", 0, 0, 4, 4))
+    assert not limited.wants(Layer("self", "input", 1, 0, 8, 8))
+    assert limited.wants(Layer("cross", "input", 1, 0, 8, 8))
 
 
 def test_an_interrupt_leaves_nothing_behind(tiny: Tiny) -> None:

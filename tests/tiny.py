@@ -14,6 +14,7 @@ import comfy.supported_models_base
 import torch
 from comfy.model_base import ModelType
 from comfy.patcher_extension import WrappersMP
+from comfy_api.latest import io
 from torch import Tensor
 
 from palimpsest.inversion.ddim import leading_sigmas
@@ -113,6 +114,13 @@ class Tiny:
             disable_pbar=True,
             seed=0,
         )
+
+
+def execute(node: type[io.ComfyNode], **inputs) -> tuple:
+    """A node's outputs, its widgets at their defaults but for `inputs`."""
+    widgets = [slot for slot in node.GET_SCHEMA().inputs if isinstance(slot, io.WidgetInput)]
+    defaults = {slot.id: slot.default if slot.default is not None else slot.options[0] for slot in widgets}
+    return node.execute(**defaults | inputs).result
 
 
 def pieces(text: str, length: int = 77) -> list[str]:

@@ -1,0 +1,67 @@
+"""Ways into the host's attention layers for one model call, around whatever other packs have put there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from torch import Tensor
+
+from .layer import Inputs, Layer
+
+Enter = Callable[[str, Inputs, dict], Inputs]
+"""Takes "self" or "cross", the inputs of all rows of a layer and its options; returns the inputs to go on with."""
+
+Leave = Callable[[Tensor, dict], Tensor]
+"""Takes a layer's output [rows, positions, channels] and the options that `Enter` got; returns the output."""
+
+Measure = Callable[[Tensor, Tensor, dict], None]
+"""Takes the projected queries and keys [rows, positions or tokens, heads * d] of a cross-attention, and its options."""
+
+
+def layer_of(kind: str, extra_options: dict) -> Layer:
+    return Layer(kind, *extra_options["block"], extra_options["block_index"], *extra_options["activations_shape"][2:])
+
+
+def with_enter(options: dict, enter: Enter, leave: Leave | None = None) -> dict:
+    """Transformer options whose attention layers pass through `enter` first and through `leave` last.
+
+    Other packs' patches lie between them: some tile or merge positions, and see the rows that `enter` has made.
+    """
+
+    def entering(kind: str) -> Callable:
+        return lambda query, key, value, extra: enter(kind, Inputs(query, key, value), extra)
+
+    patches = dict(options.get("patches", {}))
+    for name, kind in (("attn1", "self"), ("attn2", "cross")):
+        patches[f"{name}_patch"] = [entering(kind), *patches.get(f"{name}_patch", [])]
+        if leave is not None:
+            patches[f"{name}_output_patch"] = [*patches.get(f"{name}_output_patch", []), leave]
+    return {**options, "patches": patches}
+
+
+def with_measure(options: dict, measure: Measure, unet: UNetModel) -> dict:
+    """Transformer options whose cross-attention layers show their queries and keys, and attend as they did before."""
+
+    def measuring(inner: Callable | None) -> Callable:
+        def attend(query: Tensor, key: Tensor, value: Tensor, extra: dict) -> Tensor:
+            measure(query, key, extra)
+            if inner is not None:
+                return inner(query, key, value, extra)
+            precision = extra["attn_precision"]
+            heads = extra["n_heads"]
+            return optimized_attention(query, key, value, heads, attn_precision=precision, transformer_options=extra)
+
+        return attend
+
+    replaced = options.get("patches_replace", {})
+    inner = replaced.get("attn2", {})
+    around = {key: measuring(inner.get(key)) for key in {*_blocks(unet), *inner}}
+    return {**options, "patches_replace": {**replaced, "attn2": around}}
+
+
+def _blocks(unet: UNetModel) -> list[tuple[str, int]]:
+    """All blocks of a UNet, as the host names them."""
+    sizes = {"input": len(unet.input_blocks), "middle": 1, "output": len(unet.output_blocks)}
+    return [(name, number) for name, size in sizes.items() for number in range(size)]
