@@ -1,19 +1,23 @@
-"""Prompt-to-Prompt (arXiv 2208.01626): word swap by attention replacement, without materialising a map. Pure torch.
+"""Prompt-to-Prompt (arXiv 2208.01626): cross-attention control without materialising a map. Pure torch.
 
-Section 3.2: while the schedule lasts, the target's cross-attention map is the source's carried over by the alignment,
-A_target := A_source M, and its self-attention map is the source's in layers of low resolution. Attention is linear in
-its values and the projections have no bias, so (A_source M) V_target is attention of the source's query and key inputs
-over the value inputs M @ context_target: only inputs are swapped.
+Section 3.2: while the schedule lasts, the target's cross-attention map becomes
+
+    A* = A_source W_source + A_target W_target
+
+(word swap, refinement and re-weighting, each for chosen words: `PromptToPrompt.tables`), and its self-attention map
+becomes the source's in layers of low resolution. Attention is linear in its values and the projections have no bias, so
+each term is ordinary attention over the value inputs W @ context_target: only inputs are swapped.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ..host.layer import Inputs, Layer
-from .alignment import same_prompt
+from ..host.layer import Inputs, Layer, Read
+from .alignment import Carry, same_prompt
 
 
 @dataclass(frozen=True)
@@ -28,33 +32,92 @@ class Window:
 
 
 @dataclass(frozen=True)
-class WordSwap:
-    """mapper: [source tokens, target tokens], from `alignment.swap_mapper`. self_positions: limit of h * w.
+class Settings:
+    """Schedules of an edit. alignment: "swap" or "refine", None for the Prompt Edit's own. new_words: their gain."""
 
-    target: [b, tokens, channels] the embedding of the prompt that the mapper leads to.
+    cross: Window
+    self_: Window
+    self_max_side: int
+    alignment: str | None = None
+    new_words: float = 1.0
+
+
+PRESETS = {
+    "paper": Settings(Window(0.0, 0.8), Window(0.0, 0.4), 16),
+    "null-text notebook": Settings(Window(0.0, 0.8), Window(0.0, 0.5), 32),
+    "PIE-Bench": Settings(Window(0.0, 0.4), Window(0.0, 0.6), 32, "refine", 2.0),
+}
+
+
+@dataclass(frozen=True)
+class PromptToPrompt:
+    """An edit towards k target prompts; the images of a batch take them in turn.
+
+    carry: the alignment's tables, [k, source tokens, target tokens] and [k, target tokens].
+    target: [k, target tokens, channels], the embeddings of the prompts that the tables lead to.
+    gain: [k, target tokens], the re-weighting factor c of each token.
+    cross: [2, k, target tokens], start and end of each token's replacement.
+    self_positions: the greatest h * w of a layer whose self-attention map is replaced.
     """
 
-    mapper: Tensor
+    carry: Carry
     target: Tensor
-    cross: Window
+    gain: Tensor
+    cross: Tensor
     self_: Window
     self_positions: int
 
-    def check(self, positive: Tensor) -> None:
+    def check(self, positive: Tensor, batch: int) -> None:
         if not same_prompt(positive, self.target):
             raise ValueError(
                 "The sampler's positive is not the target prompt of this edit: connect Prompt Edit's target output."
             )
+        if batch < len(self.target):
+            raise ValueError(
+                f"The edit has {len(self.target)} target prompts but the sampler's latent {batch} image: put Repeat "
+                f"Latent Batch with amount {len(self.target)} before latent_image."
+            )
 
-    def active(self, fraction: float) -> bool:
-        return fraction in self.cross or fraction in self.self_
+    def at(self, fraction: float) -> _Rule | None:
+        self_positions = self.self_positions if fraction in self.self_ else 0
+        cross = bool(self.alpha(fraction).any())
+        if not cross and not self_positions:
+            return None
+        return _Rule(self.tables(fraction) if cross else None, self_positions)
 
-    def wants(self, layer: Layer, fraction: float) -> bool:
-        if layer.kind == "cross":
-            return fraction in self.cross
-        return fraction in self.self_ and layer.positions <= self.self_positions
+    def alpha(self, fraction: float) -> Tensor:
+        """[k, target tokens], 1 where a token's map is replaced."""
+        start, end = self.cross
+        return ((start <= fraction) & (fraction < end)).float()
 
-    def read(self, layer: Layer, source: Inputs, target: Inputs) -> Inputs:
+    def tables(self, fraction: float) -> tuple[Tensor, Tensor]:
+        """W_source [k, source tokens, target tokens] and the diagonal of W_target [k, target tokens].
+
+        With alpha the schedule and c the gain: W_source = carry D(c alpha), W_target = D(own c alpha + 1 - alpha). Swap
+        has own = 0 but for inserted words; refinement has own = 1 where a token is new.
+        """
+        alpha = self.alpha(fraction)
+        scaled = self.gain * alpha
+        return self.carry.source * scaled[:, None], self.carry.own * scaled + 1 - alpha
+
+
+@dataclass(frozen=True)
+class _Rule:
+    tables: tuple[Tensor, Tensor] | None
+    self_positions: int
+    node = "P2P Attention Controller"
+    everyone = False
+    features = ()
+
+    def wants(self, layer: Layer) -> bool:
+        return self.tables is not None if layer.kind == "cross" else layer.positions <= self.self_positions
+
+    def read(self, layer: Layer, source: Inputs, target: Inputs) -> tuple[Read, ...]:
         if layer.kind == "self":
-            return Inputs(source.query, source.key, target.value)
-        return Inputs(source.query, source.key, self.mapper.to(target.value) @ target.value)
+            return (Read(Inputs(source.query, source.key, target.value)),)
+        images = torch.arange(len(target.value))
+        carried, own = (table[images % len(table)].to(target.value) for table in self.tables)
+        from_source = Read(Inputs(source.query, source.key, carried @ target.value), carried)
+        if not self.tables[1].any():
+            return (from_source,)
+        return from_source, Read(Inputs(target.query, target.key, own[..., None] * target.value), own.diag_embed())

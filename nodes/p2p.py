@@ -5,9 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..attention.alignment import same_prompt
-from ..attention.p2p import Window, WordSwap
+from ..attention.p2p import PRESETS, PromptToPrompt, Settings, Window
+from ..attention.phrases import gains, windows
 from ..host.source import attach
 from . import sockets
+
+CUSTOM = "custom"
 
 
 class P2PAttentionController(io.ComfyNode):
@@ -23,15 +26,19 @@ class P2PAttentionController(io.ComfyNode):
             display_name="P2P Attention Controller",
             category="Palimpsest/edit",
             description=(
-                "Prompt-to-Prompt word swap with Direct Inversion: while the target is sampled, its attention follows "
-                "the source image's, so that what the prompts share stays in place. Sample the returned MODEL with "
-                "KSampler Advanced or SamplerCustom, from the inverted noise, with Prompt Edit's target as positive."
+                "Prompt-to-Prompt with Direct Inversion: while the target is sampled, its attention follows the source "
+                "image's, so that what the prompts share stays in place. Swaps, adds, removes and re-weighs words. "
+                "Sample the returned MODEL with KSampler Advanced or SamplerCustom, from the inverted noise, with "
+                "Prompt Edit's target as positive."
             ),
             search_aliases=[
                 "p2p",
                 "prompt2prompt",
                 "prompt to prompt",
                 "word swap",
+                "refine",
+                "reweight",
+                "attention reweighting",
                 "direct inversion",
                 "cross attention control",
             ],
@@ -43,6 +50,16 @@ class P2PAttentionController(io.ComfyNode):
                     "trajectory", tooltip="The source image, from DDIM Inversion or Record Trajectory."
                 ),
                 sockets.PromptEdit.Input("prompt_edit", tooltip="Which words change, from Prompt Edit."),
+                io.Combo.Input(
+                    "preset",
+                    options=[CUSTOM, *PRESETS],
+                    default=CUSTOM,
+                    tooltip=(
+                        "Settings of the literature, in place of the schedules below: the paper's (0.8, 0.4, 16), the "
+                        "null-text notebook's for real images (0.8, 0.5, 32), or the PIE-Bench run's (refine, 0.4, "
+                        "0.6, 32, new words weighed by 2)."
+                    ),
+                ),
                 fraction(
                     "cross_replace",
                     0.8,
@@ -54,6 +71,23 @@ class P2PAttentionController(io.ComfyNode):
                     0.4,
                     "Until where in the run the image's own structure is copied from the source. Higher keeps shapes; "
                     "lower lets them change. Paper: 0.4.",
+                ),
+                io.String.Input(
+                    "reweight",
+                    default="",
+                    tooltip=(
+                        "How strongly single words of the target act: fluffy:2, red:-1. 1 is as they are, 0 not at "
+                        "all, below 0 the opposite. Acts as long as cross_replace does."
+                    ),
+                ),
+                io.String.Input(
+                    "word_schedule",
+                    default="",
+                    tooltip=(
+                        "cross_replace for single words of the target: lion:0.4 ends at 0.4 of the run, lion:0.1-0.4 "
+                        "begins at 0.1 as well. All other words keep to cross_replace."
+                    ),
+                    advanced=True,
                 ),
                 fraction("cross_replace_start", 0.0, "Where in the run cross_replace begins.", advanced=True),
                 fraction("self_replace_start", 0.0, "Where in the run self_replace begins.", advanced=True),
@@ -68,6 +102,11 @@ class P2PAttentionController(io.ComfyNode):
                         "papers use 16 or 32 at 512 pixels; use 64 for SDXL at 1024."
                     ),
                 ),
+                sockets.AttentionStore.Input(
+                    "attention_store",
+                    optional=True,
+                    tooltip="From Record Attention: the edit then runs two rows a step instead of three.",
+                ),
             ],
             outputs=[io.Model.Output("model", tooltip="The model whose samples are the edited image.")],
         )
@@ -78,23 +117,34 @@ class P2PAttentionController(io.ComfyNode):
         model,
         trajectory,
         prompt_edit,
+        preset,
         cross_replace,
         self_replace,
+        reweight,
+        word_schedule,
         cross_replace_start,
         self_replace_start,
         self_max_side,
+        attention_store=None,
     ) -> io.NodeOutput:
-        source, target = prompt_edit.embeddings
-        if not same_prompt(trajectory.conditioning[0][0], source):
+        if not same_prompt(trajectory.conditioning[0][0], prompt_edit.embeddings[0]):
             raise ValueError(
                 "The trajectory was made with another source prompt than this Prompt Edit's: connect Prompt Edit's "
                 "source output to the node that made the trajectory."
             )
-        swap = WordSwap(
-            prompt_edit.mapper,
-            target,
-            Window(cross_replace_start, cross_replace),
-            Window(self_replace_start, self_replace),
-            self_max_side**2,
+        settings = PRESETS.get(preset) or Settings(
+            Window(cross_replace_start, cross_replace), Window(self_replace_start, self_replace), self_max_side
         )
-        return io.NodeOutput(attach(model, trajectory, swap))
+        carry = prompt_edit.carry(settings.alignment)
+        gain = gains(reweight, prompt_edit)
+        if not reweight.strip():
+            gain = gain + (settings.new_words - 1) * carry.own
+        edit = PromptToPrompt(
+            carry,
+            prompt_edit.embeddings[1],
+            gain,
+            windows(word_schedule, prompt_edit, settings.cross.start, settings.cross.end),
+            settings.self_,
+            settings.self_max_side**2,
+        )
+        return io.NodeOutput(attach(model, trajectory, edit, attention_store))

@@ -6,3 +6,4 @@ from comfy_api.latest import io
 
 Trajectory = io.Custom("TRAJECTORY")
 PromptEdit = io.Custom("PROMPT_EDIT")
+AttentionStore = io.Custom("ATTENTION_STORE")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
-
-import folder_paths
 from comfy_api.latest import io
 
 from ..host.model import noise_latent
 from ..host.refusals import check_same_model
 from ..host.trajectory import Trajectory
-from . import sockets
+from . import files, sockets
 
 
 class SaveTrajectory(io.ComfyNode):
@@ -39,15 +35,9 @@ class SaveTrajectory(io.ComfyNode):
 
     @classmethod
     def execute(cls, trajectory, filename_prefix) -> io.NodeOutput:
-        root = Path(folder_paths.get_output_directory()).resolve()
-        if not (root / filename_prefix).resolve().is_relative_to(root):
-            raise ValueError(
-                f"Save Trajectory may not write to '{filename_prefix}': choose a name in the output folder."
-            )
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, str(root))
-        file = f"{name}_{counter:05}_.safetensors"
-        trajectory.save(Path(folder) / file)
-        return io.NodeOutput(trajectory, ui={"text": [str(Path(subfolder) / file)]})
+        path, shown = files.fresh(filename_prefix, "Save Trajectory")
+        trajectory.save(path)
+        return io.NodeOutput(trajectory, ui={"text": [shown]})
 
 
 class LoadTrajectory(io.ComfyNode):
@@ -63,7 +53,7 @@ class LoadTrajectory(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model that made the trajectory; clearly another one is refused."),
                 io.Combo.Input(
                     "file",
-                    options=_listed(),
+                    options=files.listed(),
                     tooltip="A file of the input folder, or of the output folder where it ends in [output].",
                 ),
             ],
@@ -78,39 +68,14 @@ class LoadTrajectory(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        try:
-            _path(file)
-        except ValueError as error:
-            return str(error)
-        return True
+        return files.verdict(file, "Load Trajectory")
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
-        return hashlib.sha256(_path(file).read_bytes()).hexdigest()
+        return files.version(file, "Load Trajectory")
 
     @classmethod
     def execute(cls, model, file) -> io.NodeOutput:
-        trajectory = Trajectory.load(_path(file))
+        trajectory = Trajectory.load(files.existing(file, "Load Trajectory"))
         check_same_model(model, trajectory)
         return io.NodeOutput(trajectory, {"samples": noise_latent(model, trajectory)}, trajectory.sigmas)
-
-
-def _listed() -> list[str]:
-    """The trajectories in the input and output folders, in the host's notation ("name" or "name [output]")."""
-    files = []
-    for folder, mark in ((folder_paths.get_input_directory(), ""), (folder_paths.get_output_directory(), " [output]")):
-        root = Path(folder)
-        files += sorted(path.relative_to(root).as_posix() + mark for path in root.rglob("*.safetensors"))
-    return files
-
-
-def _path(file: str) -> Path:
-    """The path of a listed file. Raises ValueError for one that is missing or outside the host's folders."""
-    name, root = folder_paths.annotated_filepath(file)
-    root = Path(root or folder_paths.get_input_directory()).resolve()
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
-        raise ValueError(f"Load Trajectory may not read '{file}': choose a file inside the input or output folder.")
-    if not path.is_file():
-        raise ValueError(f"Load Trajectory finds no file '{file}': choose one from its list.")
-    return path

@@ -42,8 +42,10 @@ def damaged_file(prompt: Prompt) -> None:
 
 CASES: dict[str, tuple[Callable[[Prompt], object], str]] = {
     "empty prompt": (changed(PROMPTS, source_prompt=" "), "The source prompt is empty"),
-    "long prompt": (changed(PROMPTS, target_prompt="star " * 90), "The target prompt has 90 tokens, but 75 fit"),
-    "word counts": (changed(PROMPTS, target_prompt="a star"), "Word swap replaces words one for one"),
+    "reweight": (changed(CONTROLLER, reweight="moon:2"), "reweight of P2P Attention Controller names 'moon'"),
+    "no number": (changed(CONTROLLER, reweight="star:big"), "has 'star:big', where 'big' is no number"),
+    "no colon": (changed(CONTROLLER, reweight="star"), "has 'star' without a colon"),
+    "schedule": (changed(CONTROLLER, word_schedule="star:1.5"), "a schedule is one end or start-end"),
     "steps": (changed(SAMPLER, steps=STEPS + 1), f"which the trajectory of {STEPS} steps lacks"),
     "sampler": (changed(SAMPLER, sampler_name="euler_ancestral"), "'euler_ancestral' adds fresh noise"),
     "added noise": (changed(SAMPLER, add_noise="enable"), "does not start from the trajectory's own noise"),

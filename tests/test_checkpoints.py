@@ -16,7 +16,7 @@ from palimpsest.inversion.run import Guidance
 from palimpsest.nodes.inversion import LEADING, DDIMInversion
 from palimpsest.nodes.p2p import P2PAttentionController
 from palimpsest.nodes.prompt import PromptEdit
-from tiny import rows_of
+from tiny import execute, rows_of
 
 
 @pytest.mark.slow
@@ -26,12 +26,13 @@ def test_edit_through_the_stock_loader(kind: str, tmp_path: Path, monkeypatch: p
     write_checkpoint(kind, tmp_path / "random.safetensors")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints", ([str(tmp_path)], {".safetensors"}))
     model, clip, vae = nodes.CheckpointLoaderSimple().load_checkpoint("random.safetensors")
-    source, target, prompt_edit = PromptEdit.execute(clip, "a photo of a cat", "a photo of a squirrel").result
+    source, target, prompt_edit, _ = PromptEdit.execute(clip, "a photo of a cat", "a photo of a squirrel").result
     negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
     assert source[0][0].shape[-1] == {"sd15": 768, "sdxl": 2048}[kind]
     image = {"samples": vae.encode(torch.rand(1, 128, 128, 3))}
     trajectory, noise, sigmas = DDIMInversion.execute(model, source, image, 2, 1.0, LEADING).result
-    edited = P2PAttentionController.execute(model, trajectory, prompt_edit, 1.0, 1.0, 0.0, 0.0, 32).result[0]
+    parts = {"model": model, "trajectory": trajectory, "prompt_edit": prompt_edit}
+    (edited,) = execute(P2PAttentionController, **parts, cross_replace=1.0, self_replace=1.0)
     counted, rows = rows_of(edited)
     guidance = Guidance(target, negative, 5.0)
     result = sample(counted, guidance, noise["samples"], sigmas)

@@ -21,7 +21,8 @@ from palimpsest.nodes.demo import DemoScene
 from palimpsest.nodes.inversion import LEADING, DDIMInversion
 from palimpsest.nodes.p2p import P2PAttentionController
 from palimpsest.nodes.prompt import PromptEdit
-from reference import classic_p2p
+from reference import classic_p2p, swapped
+from tiny import execute
 
 SOURCE, TARGET = "a red circle on a striped green background", "a red star on a checkered green background"
 
@@ -42,17 +43,18 @@ def inverted(demo: tuple, caption: str, steps: int) -> tuple:
 def test_fifty_steps_equal_the_classic_pair(demo: tuple) -> None:
     """Through the nodes, with a word of one token for one of two: within 1e-4 of explicit maps in float64."""
     model, clip, _ = demo
-    source, target, prompt_edit = PromptEdit.execute(clip, SOURCE, TARGET).result
+    source, target, prompt_edit, _ = PromptEdit.execute(clip, SOURCE, TARGET).result
     image = {"samples": latent_of(demo, SOURCE)}
     trajectory, noise, sigmas = DDIMInversion.execute(model, source, image, 50, 1.0, LEADING).result
-    edited = P2PAttentionController.execute(model, trajectory, prompt_edit, 0.8, 0.4, 0.0, 0.0, 32).result[0]
+    (edited,) = execute(P2PAttentionController, model=model, trajectory=trajectory, prompt_edit=prompt_edit)
     negative = [edits.encode(clip, [""])]
     ours = sample(edited, Guidance(target, negative, 4.0), noise["samples"], sigmas)
     parts = SimpleNamespace(
         model=model, trajectory=trajectory, sigmas=sigmas, source=source, target=target, negative=negative
     )
-    theirs = classic_p2p(parts, prompt_edit.mapper, 40, 20, 4.0)
-    assert not torch.equal(prompt_edit.mapper, torch.eye(77))
+    mapper = prompt_edit.carry().source[0]
+    theirs = classic_p2p(parts, swapped(mapper, 40), 20, 4.0)
+    assert not torch.equal(mapper, torch.eye(77))
     assert (model.model.process_latent_in(ours) - theirs).norm() < 1e-4 * theirs.norm()
 
 
@@ -60,8 +62,8 @@ def test_equal_prompts_at_cfg_1_reconstruct_as_resampling_does(demo: tuple) -> N
     model, clip, vae = demo
     trajectory, source, sigmas = inverted(demo, SOURCE, 25)
     image, noise = latent_of(demo, SOURCE), noise_latent(model, trajectory)
-    _, _, prompt_edit = PromptEdit.execute(clip, SOURCE, SOURCE).result
-    edited = P2PAttentionController.execute(model, trajectory, prompt_edit, 0.8, 0.4, 0.0, 0.0, 32).result[0]
+    prompt_edit = PromptEdit.execute(clip, SOURCE, SOURCE).result[2]
+    (edited,) = execute(P2PAttentionController, model=model, trajectory=trajectory, prompt_edit=prompt_edit)
     plain, ours = (sample(m, Guidance(source, None, 1.0), noise, sigmas) for m in (model, edited))
     assert torch.equal(trajectory.states[-1], model.model.process_latent_in(image))
     assert (plain - image).norm() < 0.1 * image.norm()
@@ -71,14 +73,14 @@ def test_equal_prompts_at_cfg_1_reconstruct_as_resampling_does(demo: tuple) -> N
 @pytest.mark.slow
 def test_p2p_keeps_what_naive_resampling_loses(demo: tuple) -> None:
     """On twelve scenes: a smaller error outside the change, and the change itself shown on most."""
-    arguments = argparse.Namespace(steps=25, cfg=3.0, cross=0.8, self_=0.4)
-    cases = edits.draw_cases(12, seed=1)
+    arguments = argparse.Namespace(edit="swap", steps=25, cfg=3.0, cross=0.8, self_=0.4)
+    cases = edits.draw_cases("swap", 12, seed=1)
     pictures = edits.edit(demo, cases, arguments)
     scores = {
         name: [edits.measure(image, case) for image, case in zip(images, cases, strict=True)]
         for name, images in pictures.items()
     }
-    naive, direct = scores["naive: inverted noise, new prompt"], scores["Direct Inversion + P2P"]
+    naive, direct = scores[edits.NAIVE], scores[edits.DIRECT]
     assert np.mean([s.outside for s in direct]) > np.mean([s.outside for s in naive])
     assert sum(s.shown for s in direct) >= 9
 
@@ -139,12 +141,11 @@ def test_bad_latents_are_refused_in_a_sentence(demo: tuple) -> None:
     with pytest.raises(ValueError, match="holds NaN or infinite values"):
         DDIMInversion.execute(model, source, {"samples": torch.full((1, 12, 16, 16), torch.nan)}, 5, 1.0, LEADING)
     trajectory, source, _ = inverted(demo, SOURCE, 2)
-    _, _, other = PromptEdit.execute(clip, "a blue circle on a striped green background", TARGET).result
+    other = PromptEdit.execute(clip, "a blue circle on a striped green background", TARGET).result[2]
     with pytest.raises(ValueError, match="made with another source prompt"):
-        P2PAttentionController.execute(model, trajectory, other, 0.8, 0.4, 0.0, 0.0, 32)
-    edited = P2PAttentionController.execute(
-        model, trajectory, PromptEdit.execute(clip, SOURCE, TARGET).result[2], 0.8, 0.4, 0.0, 0.0, 32
-    ).result[0]
+        execute(P2PAttentionController, model=model, trajectory=trajectory, prompt_edit=other)
+    prompt_edit = PromptEdit.execute(clip, SOURCE, TARGET).result[2]
+    (edited,) = execute(P2PAttentionController, model=model, trajectory=trajectory, prompt_edit=prompt_edit)
     with pytest.raises(ValueError, match="given a MODEL that is already edited"):
         DDIMInversion.execute(edited, source, {"samples": latent_of(demo, SOURCE)}, 5, 1.0, LEADING)
 

@@ -1,0 +1,53 @@
+"""Files of the pack in the host's folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+
+def listed() -> list[str]:
+    """The safetensors of the input and output folders, in the host's notation ("name" or "name [output]")."""
+    files = []
+    for folder, mark in ((folder_paths.get_input_directory(), ""), (folder_paths.get_output_directory(), " [output]")):
+        root = Path(folder)
+        files += sorted(path.relative_to(root).as_posix() + mark for path in root.rglob("*.safetensors"))
+    return files
+
+
+def existing(file: str, node: str) -> Path:
+    """The path of a listed file. Raises ValueError for one that is missing or outside the host's folders."""
+    name, root = folder_paths.annotated_filepath(file)
+    root = Path(root or folder_paths.get_input_directory()).resolve()
+    path = (root / name).resolve()
+    if not path.is_relative_to(root):
+        raise ValueError(f"{node} may not read '{file}': choose a file inside the input or output folder.")
+    if not path.is_file():
+        raise ValueError(f"{node} finds no file '{file}': choose one from its list.")
+    return path
+
+
+def verdict(file: str, node: str) -> bool | str:
+    """What a node's validate_inputs answers."""
+    try:
+        existing(file, node)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+def version(file: str, node: str) -> str:
+    """What a node's fingerprint_inputs answers: a file written anew is read anew."""
+    stat = existing(file, node).stat()
+    return f"{stat.st_mtime_ns} {stat.st_size}"
+
+
+def fresh(prefix: str, node: str) -> tuple[Path, str]:
+    """A new numbered safetensors path in the output folder, and how the host shows it. Raises ValueError outside."""
+    root = Path(folder_paths.get_output_directory()).resolve()
+    if not (root / prefix).resolve().is_relative_to(root):
+        raise ValueError(f"{node} may not write to '{prefix}': choose a name in the output folder.")
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, str(root))
+    file = f"{name}_{counter:05}_.safetensors"
+    return Path(folder) / file, str(Path(subfolder) / file)

@@ -1,0 +1,192 @@
+"""Nodes that record what edits read from the source, and keep it."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io, ui
+
+from ..attention.p2p import Window
+from ..attention.record import Recording, record_attention
+from ..host.model import noise_latent
+from ..host.refusals import check_same_model, check_unet
+from ..host.store import AttentionStore
+from ..host.unet import decoder_from_second
+from . import files, sockets
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DEVICES = {"cpu": torch.device("cpu"), "gpu": None}
+
+
+class RecordAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        def fraction(name: str, default: float, tooltip: str) -> io.Float.Input:
+            return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
+
+        return io.Schema(
+            node_id="PalimpsestRecordAttention",
+            display_name="Record Attention",
+            category="Palimpsest/invert",
+            description=(
+                "Runs the source image once and keeps what edits read from it, and its word maps. Edits that get the "
+                "store run two rows a step instead of three: the price of an ordinary generation. It pays from the "
+                "second edit of an image on."
+            ),
+            search_aliases=["attention store", "cache attention", "prompt to prompt store", "speed up edits"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that made the trajectory, from before the edit nodes."),
+                sockets.Trajectory.Input("trajectory", tooltip="The source image."),
+                fraction("cross_replace", 0.8, "Until where in the run word attention is kept: as on the controller."),
+                fraction("self_replace", 0.4, "Until where in the run structure is kept: as on the controller."),
+                fraction(
+                    "feature_replace", 0.0, "Until where features are kept: tau_f of PnP Feature Injector, else 0."
+                ),
+                io.Int.Input(
+                    "self_max_side",
+                    default=32,
+                    min=1,
+                    max=1024,
+                    advanced=True,
+                    tooltip="The largest layer whose structure is kept, as the side of a square: as on the controller.",
+                ),
+                io.Int.Input(
+                    "budget_mb",
+                    default=2048,
+                    min=0,
+                    max=1 << 20,
+                    tooltip=(
+                        "How much memory the store may hold. Steps that do not fit run with the source beside the "
+                        "target, as without a store; the cheapest steps are kept first. SD1.5 at 512 pixels and 50 "
+                        "steps takes about 1,100 MB in fp16."
+                    ),
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="fp16",
+                    advanced=True,
+                    tooltip="What it is kept in. fp16 takes half of fp32; the edit differs by what fp16 rounds.",
+                ),
+                io.Combo.Input(
+                    "device",
+                    options=list(DEVICES),
+                    default="cpu",
+                    advanced=True,
+                    tooltip="Where it is kept. On the gpu edits need not copy it, but it takes its memory.",
+                ),
+            ],
+            outputs=[
+                sockets.AttentionStore.Output(
+                    "attention_store", tooltip="For P2P Attention Controller and Attention Maps."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        trajectory,
+        cross_replace,
+        self_replace,
+        feature_replace,
+        self_max_side,
+        budget_mb,
+        dtype,
+        device,
+    ) -> io.NodeOutput:
+        check_unet(model)
+        recording = Recording(
+            Window(0.0, cross_replace),
+            Window(0.0, self_replace),
+            self_max_side**2,
+            Window(0.0, feature_replace),
+            tuple(decoder_from_second(model.model.diffusion_model)[:1]) if feature_replace else (),
+            budget_mb << 20,
+            DTYPES[dtype],
+            DEVICES[device] or comfy.model_management.get_torch_device(),
+        )
+        store = record_attention(model, trajectory, recording)
+        return io.NodeOutput(store, ui=ui.PreviewText(_summary(store, recording)))
+
+
+class SaveAttentionStore(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PalimpsestSaveAttentionStore",
+            display_name="Save Attention Store",
+            category="Palimpsest/invert",
+            description="Writes an attention store, with its trajectory, to the output folder.",
+            search_aliases=["export attention", "cache attention"],
+            is_output_node=True,
+            inputs=[
+                sockets.AttentionStore.Input("attention_store", tooltip="What to write; as large as it is in memory."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="attention/image",
+                    tooltip="File name in the output folder, folders allowed; a number is added.",
+                ),
+            ],
+            outputs=[sockets.AttentionStore.Output("attention_store", tooltip="The same store, to go on with.")],
+        )
+
+    @classmethod
+    def execute(cls, attention_store, filename_prefix) -> io.NodeOutput:
+        path, shown = files.fresh(filename_prefix, "Save Attention Store")
+        attention_store.save(path)
+        return io.NodeOutput(attention_store, ui={"text": [shown]})
+
+
+class LoadAttentionStore(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PalimpsestLoadAttentionStore",
+            display_name="Load Attention Store",
+            category="Palimpsest/invert",
+            description="Reads an attention store and its trajectory, from the output or the input folder.",
+            search_aliases=["import attention"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that made the store; clearly another one is refused."),
+                io.Combo.Input(
+                    "file",
+                    options=files.listed(),
+                    tooltip="A file of the input folder, or of the output folder where it ends in [output].",
+                ),
+            ],
+            outputs=[
+                sockets.AttentionStore.Output("attention_store", tooltip="For P2P Attention Controller."),
+                sockets.Trajectory.Output("trajectory", tooltip="The source image, for the edit nodes."),
+                io.Latent.Output(
+                    "noise", tooltip="The inverted noise: latent_image of the sampler, add_noise disabled."
+                ),
+                io.Sigmas.Output("sigmas", tooltip="The schedule, for SamplerCustom."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str) -> bool | str:
+        return files.verdict(file, "Load Attention Store")
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> str:
+        return files.version(file, "Load Attention Store")
+
+    @classmethod
+    def execute(cls, model, file) -> io.NodeOutput:
+        store = AttentionStore.load(files.existing(file, "Load Attention Store"))
+        trajectory = store.trajectory
+        check_same_model(model, trajectory)
+        return io.NodeOutput(store, trajectory, {"samples": noise_latent(model, trajectory)}, trajectory.sigmas)
+
+
+def _summary(store: AttentionStore, recording: Recording) -> str:
+    steps = len(store.inputs)
+    wanted = sum(any(recording.wants(layer, step / steps) for layer in store.layers) for step in range(steps))
+    recorded = sum(any(t is not None for t in step) for step in store.inputs)
+    text = f"{recorded} of {wanted} edited steps recorded, {store.bytes / 2**20:,.0f} MB."
+    if recorded < wanted:
+        text += f" The budget leaves {wanted - recorded} steps to the source's own row: three rows there."
+    return text
