@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, inversion, p2p, prompt, trajectory
+from . import blend, demo, inject, inversion, maps, p2p, prompt, store, trajectory, viewer
 
 NODES: list[type[io.ComfyNode]] = [
     inversion.DDIMInversion,
@@ -12,7 +12,17 @@ NODES: list[type[io.ComfyNode]] = [
     trajectory.SaveTrajectory,
     trajectory.LoadTrajectory,
     prompt.PromptEdit,
+    prompt.BatchPromptEdits,
     p2p.P2PAttentionController,
+    inject.PnPFeatureInjector,
+    inject.MasaCtrlNode,
+    blend.LocalBlendNode,
+    blend.LocalBlendMask,
+    store.RecordAttention,
+    store.SaveAttentionStore,
+    store.LoadAttentionStore,
+    maps.AttentionMaps,
+    viewer.FeatureViewer,
     demo.LoadDemoModel,
     demo.DemoScene,
 ]

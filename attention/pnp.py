@@ -1,0 +1,49 @@
+"""Plug-and-Play diffusion features (arXiv 2211.12572): the source's features and self-attention in the decoder.
+
+Section 4, equations 5 and 6: for the first tau_f of the run the residual features of one decoder block are the source's
+before the skip connection is added, and for the first tau_A the self-attention maps of the decoder's layers are the
+source's; the target's own values pass through them. Pure torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..host.layer import Block, Inputs, Layer, Read
+
+# tau_f and tau_a; the paper's code injects in one step more than it says.
+PRESETS = {"paper": (0.82, 0.52), "diffusers version": (0.8, 0.5)}
+
+
+@dataclass(frozen=True)
+class PlugAndPlay:
+    """features and attention: the blocks to inject. tau_f and tau_a: until which fraction of the schedule."""
+
+    features: tuple[Block, ...]
+    attention: tuple[Block, ...]
+    tau_f: float
+    tau_a: float
+
+    def check(self, positive: Tensor, batch: int) -> None:
+        """Any target will do: the method knows no words."""
+
+    def at(self, fraction: float) -> _Rule | None:
+        features = self.features if fraction < self.tau_f else ()
+        attention = self.attention if fraction < self.tau_a else ()
+        return _Rule(features, attention) if features or attention else None
+
+
+@dataclass(frozen=True)
+class _Rule:
+    features: tuple[Block, ...]
+    attention: tuple[Block, ...]
+    node = "PnP Feature Injector"
+    everyone = True
+
+    def wants(self, layer: Layer) -> bool:
+        return layer.kind == "self" and layer.block_id in self.attention
+
+    def read(self, layer: Layer, source: Inputs, target: Inputs) -> tuple[Read, ...]:
+        return (Read(Inputs(source.query, source.key, target.value)),)

@@ -1,0 +1,171 @@
+"""Nodes that edit by injecting the source's features and attention: Plug-and-Play and MasaCtrl."""
+
+from __future__ import annotations
+
+from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy_api.latest import io
+
+from ..attention.masactrl import MasaCtrl
+from ..attention.pnp import PRESETS, PlugAndPlay
+from ..host.refusals import check_unet
+from ..host.source import attach
+from ..host.unet import blocks_with, decoder_from_second, last_layers, parse_blocks
+from . import sockets
+
+CUSTOM = "custom"
+
+
+class PnPFeatureInjector(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        def fraction(name: str, default: float, tooltip: str) -> io.Float.Input:
+            return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
+
+        def blocks(name: str, tooltip: str) -> io.String.Input:
+            return io.String.Input(name, default="", tooltip=tooltip, advanced=True)
+
+        return io.Schema(
+            node_id="PalimpsestPnPFeatureInjector",
+            display_name="PnP Feature Injector",
+            category="Palimpsest/edit",
+            description=(
+                "Plug-and-Play: while the target is sampled, features and self-attention of the source image take the "
+                "place of its own in the decoder, so that the new prompt re-draws the same layout. Sample the returned "
+                "MODEL from the inverted noise with any prompt."
+            ),
+            search_aliases=["plug and play", "pnp", "feature injection", "image to image translation", "structure"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model that made the trajectory; other packs' patches may be on it."
+                ),
+                sockets.Trajectory.Input(
+                    "trajectory", tooltip="The source image; the paper inverts it with an empty prompt."
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=[CUSTOM, *PRESETS],
+                    default=CUSTOM,
+                    tooltip=(
+                        "Settings of the literature, in place of the two fractions below: the paper's code injects "
+                        "features in 41 of 50 steps and attention in 26, the authors' diffusers version in 40 and 25."
+                    ),
+                ),
+                fraction(
+                    "tau_f", 0.8, "Until where in the run features are the source's. Higher keeps more structure."
+                ),
+                fraction(
+                    "tau_a", 0.5, "Until where in the run self-attention is the source's. Higher keeps more layout."
+                ),
+                blocks(
+                    "feature_blocks",
+                    "Where features are injected, such as output 4. Empty: the paper's block, or its like here.",
+                ),
+                blocks(
+                    "attention_blocks",
+                    "Where self-attention is injected, such as output 4-11. Empty: the paper's, or their like.",
+                ),
+                sockets.AttentionStore.Input(
+                    "attention_store",
+                    optional=True,
+                    tooltip="From Record Attention with feature_replace: two rows a step instead of three.",
+                ),
+            ],
+            outputs=[io.Model.Output("model", tooltip="The model whose samples keep the source's structure.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, trajectory, preset, tau_f, tau_a, feature_blocks, attention_blocks, attention_store=None
+    ) -> io.NodeOutput:
+        check_unet(model)
+        unet = model.model.diffusion_model
+        decoder = decoder_from_second(unet)
+        features = parse_blocks(feature_blocks, blocks_with(unet, ResBlock), "feature_blocks of PnP Feature Injector")
+        attention = parse_blocks(
+            attention_blocks, blocks_with(unet, SpatialTransformer), "attention_blocks of PnP Feature Injector"
+        )
+        tau_f, tau_a = PRESETS.get(preset, (tau_f, tau_a))
+        edit = PlugAndPlay(features or tuple(decoder[:1]), attention or tuple(decoder), tau_f, tau_a)
+        return io.NodeOutput(attach(model, trajectory, edit, attention_store))
+
+
+class MasaCtrlNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PalimpsestMasaCtrl",
+            display_name="MasaCtrl",
+            category="Palimpsest/edit",
+            description=(
+                "Mutual self-attention: the target takes its content from the source image, while its prompt decides "
+                "pose and layout. For changes that Prompt-to-Prompt cannot make because it keeps the layout."
+            ),
+            search_aliases=["masactrl", "mutual self attention", "non-rigid edit", "consistent character", "pose edit"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model that made the trajectory; other packs' patches may be on it."
+                ),
+                sockets.Trajectory.Input(
+                    "trajectory", tooltip="The source image; the paper inverts it with an empty prompt."
+                ),
+                io.Float.Input(
+                    "start",
+                    default=0.08,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "From where in the run on. Later gives the new layout more time to form. Paper: step 4 of 50."
+                    ),
+                ),
+                io.Int.Input(
+                    "first_layer",
+                    default=-1,
+                    min=-1,
+                    max=1000,
+                    tooltip=(
+                        "From which attention layer on, counted from 0 through the whole UNet. Paper: 10 of 16 for "
+                        "SD1.5, 44 to 64 of 70 for SDXL. -1: as far into this model."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "union",
+                    default=False,
+                    advanced=True,
+                    tooltip="Attend to the target's own positions as well, not to the source's alone.",
+                ),
+                io.Mask.Input("source_mask", optional=True, tooltip="The foreground of the source image; any size."),
+                io.Mask.Input("target_mask", optional=True, tooltip="Where the foreground is to be in the result."),
+                sockets.AttentionStore.Input(
+                    "attention_store", optional=True, tooltip="From Record Attention: two rows a step instead of three."
+                ),
+            ],
+            outputs=[io.Model.Output("model", tooltip="The model whose samples take their content from the source.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, trajectory, start, first_layer, union, source_mask=None, target_mask=None, attention_store=None
+    ) -> io.NodeOutput:
+        check_unet(model)
+        masks = None
+        if source_mask is not None or target_mask is not None:
+            masks = _foreground(source_mask, target_mask, trajectory, union)
+        edit = MasaCtrl(last_layers(model.model.diffusion_model, first_layer), start, union, masks)
+        return io.NodeOutput(attach(model, trajectory, edit, attention_store))
+
+
+def _foreground(source_mask, target_mask, trajectory, union: bool) -> tuple:
+    if source_mask is None or target_mask is None:
+        missing = "source_mask" if source_mask is None else "target_mask"
+        raise ValueError(f"MasaCtrl needs both masks or neither: connect {missing} as well.")
+    if union:
+        raise ValueError("MasaCtrl keeps foreground and background apart by masks, which union mixes: switch it off.")
+    counts = len(source_mask), len(target_mask), trajectory.states.shape[1]
+    if counts != (1, 1, 1):
+        raise ValueError(
+            f"MasaCtrl got {counts[0]} source masks, {counts[1]} target masks and {counts[2]} images: with masks it "
+            "edits one image at a time."
+        )
+    return source_mask[0], target_mask[0]
