@@ -1,8 +1,9 @@
-"""Word-swap edits of random demo scenes against their one true answer, by method.
+"""Edits of random demo scenes against their one true answer, by method.
 
-Each scene is rendered, encoded, inverted and edited by a one-word swap of colour, shape or background. Every method is
-scored on both sides: the error to the true answer where the edit changes the picture and where it must not, and whether
-the picture shows the asked word, read back by `demo.score`.
+Each scene is rendered, encoded, inverted and edited by one word: swapped (colour, shape or background) or added (size
+or texture, which Prompt-to-Prompt calls refinement). Every method is scored on both sides: the error to the true answer
+where the edit changes the picture and where it must not, and whether the picture shows the asked word, read back by
+`demo.score`.
 """
 
 from __future__ import annotations
@@ -15,19 +16,27 @@ from typing import NamedTuple
 import comfy.samplers
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
-from ..attention import alignment
-from ..attention.p2p import Window, WordSwap
+from ..attention.alignment import Carry, PromptEdit
+from ..attention.local_blend import LocalBlend
+from ..attention.p2p import PromptToPrompt, Window
+from ..attention.phrases import changed_columns
 from ..demo import model as demo_model
 from ..demo import scenes, score
 from ..host.model import noise_latent
-from ..host.source import attach
-from ..host.tokens import token_texts
+from ..host.source import attach, attach_blend
+from ..host.tokens import prompt_words
 from ..inversion.ddim import leading_sigmas
 from ..inversion.run import Guidance, invert, record
 from .picture import decode, sample, save_grid
 
-KINDS = ("color", "shape", "background")
+KINDS = {"swap": ("color", "shape", "background"), "refine": ("size", "texture")}
+DIRECT, BLENDED, WEIGHED = "Direct Inversion + P2P", "the same + Local Blend", "the same, the word weighed 2"
+WEIGHED_BLENDED = f"{WEIGHED} + Local Blend"
+NAIVE, DRIFTING = "naive: inverted noise, new prompt", "DDIM + P2P"
+COMPARED = [(DRIFTING, NAIVE), (DIRECT, NAIVE), (DIRECT, DRIFTING)]
+COMPARED += [(better, DIRECT) for better in (BLENDED, WEIGHED, WEIGHED_BLENDED)]
 
 
 class Case(NamedTuple):
@@ -45,6 +54,7 @@ class Score(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--edit", choices=tuple(KINDS), default="swap")
     parser.add_argument("--scenes", type=int, default=100)
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--steps", type=int, default=50)
@@ -57,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     loaded = demo_model.load()
-    cases = draw_cases(arguments.scenes, arguments.seed)
+    cases = draw_cases(arguments.edit, arguments.scenes, arguments.seed)
     scores: dict[str, list[Score]] = {}
     for first in range(0, len(cases), arguments.batch):
         part = cases[first : first + arguments.batch]
@@ -70,15 +80,16 @@ def run(arguments: argparse.Namespace) -> None:
     report(scores, cases)
 
 
-def draw_cases(count: int, seed: int) -> list[Case]:
-    """Random scenes of one or two things with a one-word swap each, the kinds in turn."""
+def draw_cases(edit: str, count: int, seed: int) -> list[Case]:
+    """Random scenes of one or two things, one word swapped or added in each, the kinds in turn."""
     rng = random.Random(seed)
+    made = scenes.edits if edit == "swap" else scenes.additions
     cases = []
     while len(cases) < count:
-        kind = KINDS[len(cases) % len(KINDS)]
+        kind = KINDS[edit][len(cases) % len(KINDS[edit])]
         scene = scenes.sample(rng)
-        thing = rng.randrange(len(scene.things))
-        cases.append(Case(kind, scene, rng.choice(scenes.edits(scene, thing)[kind])))
+        if targets := made(scene, rng.randrange(len(scene.things)))[kind]:
+            cases.append(Case(kind, scene, rng.choice(targets)))
     return cases
 
 
@@ -89,9 +100,10 @@ def edit(loaded: tuple, cases: list[Case], arguments: argparse.Namespace) -> dic
     negative = [encode(clip, [""])]
     images = torch.from_numpy(np.stack([scenes.render(case.source) for case in cases]))
     sigmas = leading_sigmas(model.get_model_object("model_sampling").sigmas, arguments.steps)
-    mapper = common_mapper(clip, cases)
-    swap = WordSwap(mapper, target[0][0], Window(0, arguments.cross), Window(0, arguments.self_), 32**2)
     guided = Guidance(target, negative, arguments.cfg)
+    edits = [prompt_edit(clip, case, arguments.edit) for case in cases]
+    p2p, weighed = (prompt_to_prompt(edits, weight, arguments) for weight in (1.0, 2.0))
+    blend = local_blend(edits)
 
     pinned = invert(model, Guidance(source, None, 1.0), vae.encode(images), sigmas)
     noise = noise_latent(model, pinned)
@@ -99,23 +111,42 @@ def edit(loaded: tuple, cases: list[Case], arguments: argparse.Namespace) -> dic
     drifting, _ = record(
         model, Guidance(source, negative, arguments.cfg), euler, sigmas, torch.zeros_like(noise), noise, seed=0
     )
-    latents = {
-        "source, resampled at cfg 1": sample(model, Guidance(source, None, 1.0), noise, sigmas),
-        "naive: inverted noise, new prompt": sample(model, guided, noise, sigmas),
-        "DDIM + P2P": sample(attach(model, drifting, swap), guided, noise, sigmas),
-        "Direct Inversion + P2P": sample(attach(model, pinned, swap), guided, noise, sigmas),
+    models = {
+        NAIVE: model,
+        DRIFTING: attach(model, drifting, p2p),
+        DIRECT: attach(model, pinned, p2p),
+        BLENDED: attach_blend(attach(model, pinned, p2p), pinned, blend),
+        WEIGHED: attach(model, pinned, weighed),
+        WEIGHED_BLENDED: attach_blend(attach(model, pinned, weighed), pinned, blend),
     }
+    latents = {"source, resampled at cfg 1": sample(model, Guidance(source, None, 1.0), noise, sigmas)}
+    latents |= {method: sample(edited, guided, noise, sigmas) for method, edited in models.items()}
     return {method: decode(vae, latent) for method, latent in latents.items()}
 
 
-def common_mapper(clip, cases: list[Case]) -> torch.Tensor:
-    """The one mapper of all cases, which a batch shares; swapped words must have as many tokens as before."""
-    for case in cases:
-        prompts = [alignment.words(token_texts(clip, clip.tokenize(case[side].caption), "scene")) for side in (1, 2)]
-        mapper = alignment.swap_mapper(*prompts)
-        if not torch.equal(mapper, torch.eye(len(mapper))):
-            raise ValueError(f"'{case.source.caption}' and '{case.target.caption}' cannot share a batch's mapper")
-    return mapper
+def prompt_edit(clip, case: Case, alignment: str) -> PromptEdit:
+    words = [prompt_words(clip, case[side].caption, "scene") for side in (1, 2)]
+    embeddings = tuple(encode(clip, [case[side].caption])[0] for side in (1, 2))
+    return PromptEdit(words[0], (words[1],), (alignment,), embeddings)
+
+
+def prompt_to_prompt(edits: list[PromptEdit], weight: float, arguments: argparse.Namespace) -> PromptToPrompt:
+    """One edit for the batch, a table for each image, its changed words weighed by `weight`."""
+    carry = Carry(*map(torch.cat, zip(*(edit.carry() for edit in edits), strict=True)))
+    target = torch.cat([edit.embeddings[1] for edit in edits])
+    changed = torch.cat([edit.carry("refine").own for edit in edits])
+    until = torch.zeros(2, *changed.shape)
+    until[1] = arguments.cross
+    return PromptToPrompt(carry, target, 1 + (weight - 1) * changed, until, Window(0, arguments.self_), 32**2)
+
+
+def local_blend(edits: list[PromptEdit]) -> LocalBlend:
+    """By the words that differ, with the node's own defaults."""
+    columns = [changed_columns(edit) for edit in edits]
+    most = max(source.shape[2] for source, _ in columns)
+    stacked = tuple(torch.cat([pad(c, (0, most - c.shape[2])) for c in side]) for side in zip(*columns, strict=True))
+    target = torch.cat([edit.embeddings[1] for edit in edits])
+    return LocalBlend(stacked, most, target, 0.3, 0.3, 0.2, 1, None, False)
 
 
 def encode(clip, captions: list[str]) -> list:
@@ -134,16 +165,17 @@ def measure(image: np.ndarray, case: Case) -> Score:
 def report(scores: dict[str, list[Score]], cases: list[Case]) -> None:
     """Markdown tables: means by method, then paired differences with standard errors and win counts."""
     print(f"\n{len(cases)} scenes; decibels to the true answer, higher is better\n")
-    print("| method | inside the change | outside it | shows the asked word |" + " | ".join(KINDS) + " |")
-    print("|---|---|---|---|" + "---|" * len(KINDS))
+    kinds = list(dict.fromkeys(case.kind for case in cases))
+    print("| method | inside the change | outside it | shows the asked word | " + " | ".join(kinds) + " |")
+    print("|---|---|---|---|" + "---|" * len(kinds))
     for method, rows in scores.items():
         inside, outside, shown = (np.array(values, float) for values in zip(*rows, strict=True))
-        kinds = [shown[[case.kind == kind for case in cases]] for kind in KINDS]
-        by_kind = " | ".join(f"{int(found.sum())}/{len(found)}" for found in kinds)
+        by_kind = " | ".join(
+            f"{int(found.sum())}/{len(found)}" for found in (shown[[c.kind == kind for c in cases]] for kind in kinds)
+        )
         print(f"| {method} | {inside.mean():.1f} | {outside.mean():.1f} | {int(shown.sum())}/{len(rows)} | {by_kind} |")
     print("\n| paired difference | inside, dB | wins | outside, dB | wins |\n|---|---|---|---|---|")
-    naive, ddim, direct = list(scores)[1:]
-    for better, worse in ((ddim, naive), (direct, naive), (direct, ddim)):
+    for better, worse in COMPARED:
         cells = []
         for field in ("inside", "outside"):
             pairs = zip(scores[better], scores[worse], strict=True)

@@ -186,6 +186,19 @@ def edits(scene: Scene, index: int = 0) -> dict[str, list[Scene]]:
     }
 
 
+def additions(scene: Scene, index: int = 0) -> dict[str, list[Scene]]:
+    """Every scene that one word more makes of `scene` by kind (size of thing `index`; texture)."""
+    things = list(scene.things)
+
+    def sized(size: str) -> Scene:
+        return replace(scene, things=(*things[:index], replace(things[index], size=size), *things[index + 1 :]))
+
+    return {
+        "size": [sized(s) for s in SIZES if s and not things[index].size],
+        "texture": [replace(scene, texture=t) for t in TEXTURES if t and not scene.texture],
+    }
+
+
 def render(scene: Scene) -> np.ndarray:
     """The picture of a scene: [64, 64, 3] float32 in [0, 1], anti-aliased."""
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5

@@ -10,7 +10,7 @@ from host_server import PACK, Prompt
 
 FOLDER = PACK / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
-WITHOUT_DOWNLOAD = ("edit-generated-image", "edit-real-image")
+WITHOUT_DOWNLOAD = ("edit-generated-image", "edit-real-image", "local-blend", "several-targets")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 TITLE_HEIGHT = 30
 

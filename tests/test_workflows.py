@@ -22,10 +22,17 @@ def reseed_samplers(prompt: Prompt, seed: int) -> None:
         node["inputs"]["noise_seed"] = seed
 
 
-def saved_picture(server: HostServer, run: Run) -> np.ndarray:
+def saved_pictures(server: HostServer, run: Run) -> list[np.ndarray]:
     assert not run.errors
-    (image,) = run.images()
-    return np.asarray(Image.open(io.BytesIO(server.view(image))))
+    return [np.asarray(Image.open(io.BytesIO(server.view(image)))).astype(float) for image in run.images()]
+
+
+def source_and_edits(pictures: list[np.ndarray]) -> list[np.ndarray]:
+    """The pictures of a batch, or the first two of those that stand side by side in one."""
+    if len(pictures) > 1:
+        return pictures
+    side, gap = ENLARGED * 64, ENLARGED * 2
+    return [pictures[0][:, :side], pictures[0][:, side + gap : 2 * side + gap]]
 
 
 def test_every_workflow_has_both_forms() -> None:
@@ -48,14 +55,14 @@ def test_layout_is_clean(name: str) -> None:
 @pytest.mark.parametrize("name", WITHOUT_DOWNLOAD)
 def test_runs_and_repeats_bit_for_bit(server: HostServer, name: str) -> None:
     prompt = api_form(name, steps=10)
-    picture = saved_picture(server, server.run(prompt))
-    side, gap = ENLARGED * 64, ENLARGED * 2
-    source, edit = picture[:, :side].astype(float), picture[:, side + gap : 2 * side + gap].astype(float)
-    assert np.abs(source - edit).mean() > 2
+    pictures = saved_pictures(server, server.run(prompt))
+    source, *edits = source_and_edits(pictures)
+    assert edits
+    assert all(np.abs(source - edit).mean() > 2 for edit in edits)
 
     reseed_samplers(prompt, 12345)
-    again = saved_picture(server, server.run(prompt))
-    assert np.array_equal(picture, again)
+    again = saved_pictures(server, server.run(prompt))
+    assert all(np.array_equal(one, other) for one, other in zip(pictures, again, strict=True))
 
 
 def test_templates_are_served(server: HostServer) -> None:
