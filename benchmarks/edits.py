@@ -20,13 +20,16 @@ from torch.nn.functional import pad
 
 from ..attention.alignment import Carry, PromptEdit
 from ..attention.local_blend import LocalBlend
+from ..attention.masactrl import MasaCtrl
 from ..attention.p2p import PromptToPrompt, Window
 from ..attention.phrases import changed_columns
+from ..attention.pnp import PlugAndPlay
 from ..demo import model as demo_model
 from ..demo import scenes, score
 from ..host.model import noise_latent
 from ..host.source import attach, attach_blend
 from ..host.tokens import prompt_words
+from ..host.unet import decoder_from_second, last_layers
 from ..inversion.ddim import leading_sigmas
 from ..inversion.run import Guidance, invert, record
 from .picture import decode, sample, save_grid
@@ -35,8 +38,12 @@ KINDS = {"swap": ("color", "shape", "background"), "refine": ("size", "texture")
 DIRECT, BLENDED, WEIGHED = "Direct Inversion + P2P", "the same + Local Blend", "the same, the word weighed 2"
 WEIGHED_BLENDED = f"{WEIGHED} + Local Blend"
 NAIVE, DRIFTING = "naive: inverted noise, new prompt", "DDIM + P2P"
+DRIFTING_PNP, DIRECT_PNP = "DDIM + PnP", "Direct Inversion + PnP"
+DRIFTING_MASACTRL, DIRECT_MASACTRL = "DDIM + MasaCtrl", "Direct Inversion + MasaCtrl"
 COMPARED = [(DRIFTING, NAIVE), (DIRECT, NAIVE), (DIRECT, DRIFTING)]
 COMPARED += [(better, DIRECT) for better in (BLENDED, WEIGHED, WEIGHED_BLENDED)]
+COMPARED += [(DIRECT_PNP, NAIVE), (DIRECT_PNP, DRIFTING_PNP)]
+COMPARED += [(DIRECT_MASACTRL, NAIVE), (DIRECT_MASACTRL, DRIFTING_MASACTRL)]
 
 
 class Case(NamedTuple):
@@ -104,6 +111,9 @@ def edit(loaded: tuple, cases: list[Case], arguments: argparse.Namespace) -> dic
     edits = [prompt_edit(clip, case, arguments.edit) for case in cases]
     p2p, weighed = (prompt_to_prompt(edits, weight, arguments) for weight in (1.0, 2.0))
     blend = local_blend(edits)
+    decoder = decoder_from_second(model.model.diffusion_model)
+    pnp = PlugAndPlay(tuple(decoder[:1]), tuple(decoder), 0.8, 0.5)
+    masactrl = MasaCtrl(last_layers(model.model.diffusion_model, -1), 0.08, False, None)
 
     pinned = invert(model, Guidance(source, None, 1.0), vae.encode(images), sigmas)
     noise = noise_latent(model, pinned)
@@ -118,6 +128,10 @@ def edit(loaded: tuple, cases: list[Case], arguments: argparse.Namespace) -> dic
         BLENDED: attach_blend(attach(model, pinned, p2p), pinned, blend),
         WEIGHED: attach(model, pinned, weighed),
         WEIGHED_BLENDED: attach_blend(attach(model, pinned, weighed), pinned, blend),
+        DRIFTING_PNP: attach(model, drifting, pnp),
+        DIRECT_PNP: attach(model, pinned, pnp),
+        DRIFTING_MASACTRL: attach(model, drifting, masactrl),
+        DIRECT_MASACTRL: attach(model, pinned, masactrl),
     }
     latents = {"source, resampled at cfg 1": sample(model, Guidance(source, None, 1.0), noise, sigmas)}
     latents |= {method: sample(edited, guided, noise, sigmas) for method, edited in models.items()}

@@ -106,7 +106,8 @@ def record(
     def keep(executor, x: Tensor, timestep: Tensor, *args):
         index = sigma_index(schedule, float(timestep[0]))
         if index is not None:
-            states[index] = x.to("cpu", torch.float32, copy=True)  # the last call at a sigma is the one that starts its step
+            # The last call at a sigma is the one that starts its step.
+            states[index] = x.to("cpu", torch.float32, copy=True)
         return executor(x, timestep, *args)
 
     model = model.clone()

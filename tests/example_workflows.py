@@ -10,7 +10,14 @@ from host_server import PACK, Prompt
 
 FOLDER = PACK / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
-WITHOUT_DOWNLOAD = ("edit-generated-image", "edit-real-image", "local-blend", "several-targets")
+WITHOUT_DOWNLOAD = (
+    "edit-generated-image",
+    "edit-real-image",
+    "local-blend",
+    "masactrl-edit",
+    "pnp-translate",
+    "several-targets",
+)
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 TITLE_HEIGHT = 30
 
