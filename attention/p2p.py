@@ -31,6 +31,9 @@ class Window:
         return self.start <= fraction < self.end
 
 
+NEVER = Window(0.0, 0.0)
+
+
 @dataclass(frozen=True)
 class Settings:
     """Schedules of an edit. alignment: "swap" or "refine", None for the Prompt Edit's own. new_words: their gain."""

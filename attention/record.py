@@ -15,12 +15,18 @@ from torch import Tensor
 from ..host.layer import Block, Inputs, Layer
 from ..host.maps import token_maps
 from ..host.patches import layer_of, with_enter, with_measure
-from ..host.refusals import check_same_model, check_source, check_unet
+from ..host.refusals import (
+    check_positions_kept,
+    check_prompt_kept,
+    check_same_model,
+    check_source,
+    check_unet,
+)
 from ..host.source import KEY
 from ..host.store import AttentionStore
 from ..host.trajectory import Trajectory
 from ..host.unet import residual_hooks
-from .p2p import Window
+from .p2p import NEVER, Window
 
 MAP_POSITIONS = 32**2  # greatest h * w of the layers whose word maps are kept
 
@@ -35,11 +41,11 @@ class Recording:
     cross: Window
     self_: Window
     self_positions: int
-    feature: Window
-    features: tuple[Block, ...]
     budget: int
     dtype: torch.dtype
     device: torch.device
+    feature: Window = NEVER
+    features: tuple[Block, ...] = ()
 
     def wants(self, layer: Layer, fraction: float) -> bool:
         if layer.kind == "cross":
@@ -130,6 +136,8 @@ class _Walk(Sampler):
         layer = layer_of("cross", extra_options)
         if layer.positions <= MAP_POSITIONS:
             tokens = self.trajectory.conditioning[0][0].shape[1]
+            check_positions_kept(query.shape[1], layer.positions)
+            check_prompt_kept(key.shape[1], tokens)
             maps = token_maps(query, key, extra_options["n_heads"], tokens).unflatten(1, (layer.height, layer.width))
             self.maps[self.now].setdefault((layer.height, layer.width), []).append(maps.cpu())
 

@@ -55,8 +55,15 @@ class WordMaps:
         self.sums[side] = self.sums[side] + maps if side in self.sums else maps
         self.layers[side] += 1
 
-    def mean(self, side: str) -> Tensor:
-        """[b, phrases, h, w]"""
-        if side == "source" and self.given is not None:
-            return self.given
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Of source and target, [b, phrases, h, w] each. Raises ValueError where no layer has the wanted size."""
+        if "target" not in self.sums:
+            raise ValueError(
+                f"Local Blend finds no cross-attention of {self.size[0]} x {self.size[1]} positions in this MODEL to "
+                "locate words by: use a larger image, or a mask of your own without words."
+            )
+        source = self._mean("source") if self.given is None else self.given
+        return source, self._mean("target")
+
+    def _mean(self, side: str) -> Tensor:
         return (self.sums[side] / self.layers[side]).transpose(1, 2).unflatten(-1, self.size)

@@ -149,6 +149,33 @@ def check_start(x: Tensor, noise: Tensor, index: int) -> None:
         )
 
 
+def check_prompt_kept(tokens: int, kept: int) -> None:
+    """Raises ValueError where `tokens` inside the model are not a prompt of `kept`, perhaps tiled."""
+    if tokens % kept:
+        raise ValueError(
+            f"Another patch changed the prompt from {kept} to {tokens} tokens inside the model: "
+            "remove it, or move it to a MODEL without Palimpsest's edits."
+        )
+
+
+def check_positions_kept(positions: int, kept: int) -> None:
+    """Raises ValueError where a layer whose word maps are wanted has other positions than its image."""
+    if positions != kept:
+        raise ValueError(
+            f"Another patch changed a layer of {kept} positions to {positions}, where words are to be located: "
+            "remove token merging from this MODEL."
+        )
+
+
+def check_in_place(sampler: Sampler) -> None:
+    """Raises ValueError for samplers that call the model with a copy of their own latent, which no blend reaches."""
+    name = sampler.sampler_function.__name__ if isinstance(sampler, KSAMPLER) else ""
+    if name.startswith("sample_unipc"):
+        raise ValueError(
+            "Local Blend cannot put the source back inside the sampler 'uni_pc': choose euler, ddim or dpmpp_2m."
+        )
+
+
 def check_part(x: Tensor, state: Tensor) -> None:
     """Raises ValueError where the model is called on less than the whole image or batch."""
     if x.shape[1:] != state.shape[1:] or len(state) not in (1, len(x)):

@@ -25,7 +25,17 @@ from torch import Tensor
 from .layer import Blend, Block, Edit, Inputs, Layer, Read, Rule
 from .maps import WordMaps, map_size, token_maps
 from .patches import layer_of, with_enter, with_measure
-from .refusals import check_part, check_run, check_same_model, check_source, check_start, check_unet
+from .refusals import (
+    check_in_place,
+    check_part,
+    check_positions_kept,
+    check_prompt_kept,
+    check_run,
+    check_same_model,
+    check_source,
+    check_start,
+    check_unet,
+)
 from .store import AttentionStore
 from .trajectory import Trajectory
 from .unet import residual_hooks
@@ -270,23 +280,26 @@ class _Call:
 
     def measure(self, query: Tensor, key: Tensor, extra_options: dict) -> None:
         """Adds one layer's word maps. The target's are those of its edited map, the sum of A @ carry over its terms."""
-        if not self.word_maps.measures(layer_of("cross", extra_options)):
+        layer = layer_of("cross", extra_options)
+        if not self.word_maps.measures(layer):
             return
+        check_positions_kept(query.shape[1], layer.positions)
         chunks, heads = extra_options[CHUNKS], extra_options["n_heads"]
         of_source, of_target = self.word_maps.columns
         size = len(query) // len(chunks)
 
         def maps(at: int, tokens: int) -> Tensor:
             rows = slice(at * size, (at + 1) * size)
+            check_prompt_kept(key.shape[1], tokens)
             return token_maps(query[rows], key[rows], heads, tokens)
 
         if self.source in chunks:
             self.word_maps.add("source", maps(chunks.index(self.source), self.tokens[0]) @ of_source)
         if self.target in chunks:
             reads = extra_options.get(READS, {}).get(self.target, (None,))
-            places = [chunks.index(self.target), *(i for i, chunk in enumerate(chunks) if chunk == TERM)]
+            further = [i for i, chunk in enumerate(chunks) if chunk == TERM]
             measured = 0
-            for at, read in zip(places, reads, strict=True):
+            for at, read in zip([chunks.index(self.target), *further], reads, strict=True):
                 tokens = self.tokens[1] if read is None else read.inputs.key.shape[1]
                 columns = of_target if read is None or read.carry is None else read.carry.to(of_target) @ of_target
                 measured = measured + maps(at, tokens) @ columns
@@ -298,11 +311,7 @@ class _Call:
         if kind == "self":
             return inputs
         tokens = self.tokens[0 if index == self.source else 1]
-        if inputs.key.shape[1] % tokens:
-            raise ValueError(
-                f"Another patch changed the prompt from {tokens} to {inputs.key.shape[1]} tokens inside the model: "
-                "remove it, or move it to a MODEL without Palimpsest's edits."
-            )
+        check_prompt_kept(inputs.key.shape[1], tokens)
         return Inputs(inputs.query, inputs.key[:, :tokens], inputs.value[:, :tokens])
 
 
@@ -317,6 +326,8 @@ def _outer_sample(
     for part in (*branch.edits, branch.blend):
         if part is not None:
             part.check(positive, len(noise))
+    if branch.blend is not None:
+        check_in_place(sampler)
     ((embedding, own),) = branch.trajectory.conditioning
     guider.conds[KEY] = convert_cond([[embedding.to(positive), own]])
     run = options[RUN] = _Run(branch, guider)
@@ -362,23 +373,35 @@ def _calc_cond_batch(executor, model, conds: list, x_in: Tensor, timestep: Tenso
             executor(model, alone, call.state, timestep[: len(call.state)], model_options)
     results = executor(model, joined, x_in, timestep, model_options)[: len(conds)]
     if call.word_maps is not None:
-        run.maps[call.index] = call.word_maps.mean("source"), call.word_maps.mean("target")
+        run.maps[call.index] = call.word_maps.means()
     return results
 
 
 def _apply_model(executor, x: Tensor, t: Tensor, c_concat, c_crossattn, control, transformer_options: dict, **kwargs):
     call = transformer_options.get(CALL)
-    if call:
-        chunks = transformer_options["cond_or_uncond"]
-        if call.source in chunks:
-            where = _slice(x, chunks, call.source)
-            check_part(x[where], call.state)
-            x = x.clone()
-            x[where] = call.state
-        # Other packs index pairs by these numbers: to them the source is one more row of the target's kind.
-        seen = [call.target if index == call.source else index for index in chunks]
-        transformer_options = {**transformer_options, CHUNKS: chunks, "cond_or_uncond": seen}
-    return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+    if not call:
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+    chunks, size = transformer_options["cond_or_uncond"], len(x)
+    # Other packs index pairs by these numbers: to them the source is one more row of the target's kind, after it.
+    order = sorted(range(len(chunks)), key=lambda at: chunks[at] == call.source)
+    chunks = [chunks[at] for at in order]
+    seen = [call.target if index == call.source else index for index in chunks]
+    transformer_options = {**transformer_options, CHUNKS: chunks, "cond_or_uncond": seen}
+    if "uuids" in transformer_options:
+        transformer_options["uuids"] = [transformer_options["uuids"][at] for at in order]
+
+    def ordered(value, order: list[int] = order):
+        rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
+        return torch.cat([value.chunk(len(order))[at] for at in order]) if rows else value
+
+    x, t, c_concat, c_crossattn = (ordered(value) for value in (x, t, c_concat, c_crossattn))
+    if call.source in chunks:
+        where = _slice(x, chunks, call.source)
+        check_part(x[where], call.state)
+        x[where] = call.state
+    kwargs = {name: ordered(value) for name, value in kwargs.items()}
+    result = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+    return ordered(result, [order.index(at) for at in range(len(order))])
 
 
 def _diffusion_model(executor, x: Tensor, timesteps: Tensor, context, y, control, transformer_options: dict, **kwargs):

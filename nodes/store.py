@@ -101,11 +101,11 @@ class RecordAttention(io.ComfyNode):
             Window(0.0, cross_replace),
             Window(0.0, self_replace),
             self_max_side**2,
-            Window(0.0, feature_replace),
-            tuple(decoder_from_second(model.model.diffusion_model)[:1]) if feature_replace else (),
             budget_mb << 20,
             DTYPES[dtype],
             DEVICES[device] or comfy.model_management.get_torch_device(),
+            Window(0.0, feature_replace),
+            tuple(decoder_from_second(model.model.diffusion_model)[:1]) if feature_replace else (),
         )
         store = record_attention(model, trajectory, recording)
         return io.NodeOutput(store, ui=ui.PreviewText(_summary(store, recording)))

@@ -141,7 +141,7 @@ def test_rows_a_step(tiny: Tiny, name: str) -> None:
 @pytest.mark.parametrize("name", ["pnp", "masactrl"])
 def test_a_store_stands_in_for_the_source_row(tiny: Tiny, name: str) -> None:
     edit = PNP if name == "pnp" else masactrl(tiny)
-    recording = Recording(NEVER, ALWAYS, 64, ALWAYS, FEATURE, 1 << 30, torch.float32, torch.device("cpu"))
+    recording = Recording(NEVER, ALWAYS, 64, 1 << 30, torch.float32, torch.device("cpu"), ALWAYS, FEATURE)
     store = record_attention(tiny.model, tiny.trajectory, recording)
     model, rows = rows_of(tiny.model)
     stored, live = (tiny.sample(attach(model, tiny.trajectory, edit, which)) for which in (store, None))
@@ -251,7 +251,7 @@ def test_components_are_those_of_the_covariance() -> None:
 
 
 def test_viewer_shows_what_was_recorded(tiny: Tiny) -> None:
-    recording = Recording(NEVER, Window(0, 0.6), 64, ALWAYS, FEATURE, 1 << 30, torch.float32, torch.device("cpu"))
+    recording = Recording(NEVER, Window(0, 0.6), 64, 1 << 30, torch.float32, torch.device("cpu"), ALWAYS, FEATURE)
     store = record_attention(tiny.model, tiny.trajectory, recording)
     parts = {"model": tiny.model, "attention_store": store}
     for show, count in ((FEATURES, 5), (SELF_ATTENTION, 3)):
