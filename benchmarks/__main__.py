@@ -1,4 +1,4 @@
-"""`python dev.py bench edits|samples|speed`: what the pack's edits and its demo model are worth, and what they cost."""
+"""`python dev.py bench edits|samples|p2p`: what the pack's edits and its demo model are worth, and what they cost."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import argparse
 
 import torch
 
-from . import edits, samples, speed
+from . import edits, p2p, samples
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="dev.py bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in (("edits", edits), ("samples", samples), ("speed", speed)):
+    for name, module in (("edits", edits), ("samples", samples), ("p2p", p2p)):
         command = commands.add_parser(name, help=module.__doc__.splitlines()[0])
         module.add_arguments(command)
         command.set_defaults(run=module.run)
