@@ -44,6 +44,11 @@ class LocalBlend:
                 "The sampler's positive is not the target prompt of this Local Blend's words: connect Prompt Edit's "
                 "target output."
             )
+        if self.target is not None and batch < len(self.target):
+            raise ValueError(
+                f"Local Blend has {len(self.target)} target prompts but the sampler's latent {batch} image: put Repeat "
+                f"Latent Batch with amount {len(self.target)} before latent_image."
+            )
         if self.user is not None and len(self.user) not in (1, batch):
             raise ValueError(
                 f"Local Blend has {len(self.user)} masks for {batch} images: connect one mask, or one for each image."

@@ -67,7 +67,7 @@ def attach(
     """
     model, branch = _branched(model, trajectory)
     if any(type(other) is type(edit) for other in branch.edits):
-        raise ValueError("This MODEL already carries such an edit: write all its words into one Prompt Edit.")
+        raise ValueError("This MODEL already carries such an edit: one node of a kind has to do all that it is to do.")
     if store is not None and not torch.equal(store.trajectory.states, trajectory.states):
         raise ValueError("The attention store was recorded from another trajectory: record it from this edit's.")
     if store is not None and branch.store is not None and store is not branch.store:
