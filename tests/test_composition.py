@@ -24,9 +24,11 @@ from torch import Tensor
 
 from palimpsest.attention.alignment import Carry
 from palimpsest.attention.local_blend import LocalBlend
+from palimpsest.attention.masactrl import MasaCtrl
 from palimpsest.attention.p2p import PromptToPrompt, Window
+from palimpsest.attention.pnp import PlugAndPlay
 from palimpsest.attention.record import Recording, record_attention
-from palimpsest.host.layer import Inputs, Layer, Read
+from palimpsest.host.layer import Edit, Inputs, Layer, Read
 from palimpsest.host.source import attach, attach_blend
 from palimpsest.host.store import AttentionStore
 from palimpsest.inversion.run import Guidance, invert, record
@@ -38,8 +40,13 @@ TOKENS = 77
 # --- edits -----------------------------------------------------------------------------------------------------------
 
 
-def edit(kind: str) -> PromptToPrompt:
-    """A word swap by some mapper, or a refinement in which four tokens are new."""
+def edit(kind: str) -> Edit:
+    """A word swap by some mapper, a refinement in which four tokens are new, or an injection into the decoder."""
+    decoder = tuple(("output", number) for number in (1, 2, 3))
+    if kind == "pnp":
+        return PlugAndPlay(decoder[:1], decoder, 1.0, 1.0)
+    if kind == "masactrl":
+        return MasaCtrl(frozenset((block, 0) for block in decoder), 0.0, False, None)
     own = torch.zeros(1, TOKENS)
     if kind == "swap":
         mapper = torch.rand(TOKENS, TOKENS, generator=torch.Generator().manual_seed(5)).softmax(-1)
@@ -231,7 +238,7 @@ def sampled(tiny: Tiny) -> Callable[[str | None, str | None], Tensor]:
 
 
 @each_node
-@each_edit
+@pytest.mark.parametrize("kind", ["swap", "refine", "pnp", "masactrl"])
 def test_edit_and_node_both_take_effect_in_any_order(tiny: Tiny, sampled: Callable, node: str, kind: str) -> None:
     both = sampled(node, kind)
     assert torch.isfinite(both).all()

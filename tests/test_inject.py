@@ -8,6 +8,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from checkpoints import CONFIGS, UNETS
 from palimpsest.attention.masactrl import MasaCtrl
 from palimpsest.attention.p2p import Window
 from palimpsest.attention.pnp import PRESETS, PlugAndPlay
@@ -217,6 +218,22 @@ def test_blocks_as_people_write_them(tiny: Tiny) -> None:
     assert len(all_layers(unet)) == 7
     with pytest.raises(ValueError, match="begins at attention layer 7, but this MODEL has 7"):
         layers_from(tiny, 7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "layers", "first"),
+    [("sd15", "output 4-11", 16, (("output", 6), 0)), ("sdxl", "output 1-5", 70, (("output", 0), 9))],
+)
+def test_layers_of_true_architectures(kind: str, blocks: str, layers: int, first: tuple) -> None:
+    """The papers' layers for SD1.5; for SDXL the same depth into the decoder, and 43 of MasaCtrl's 70."""
+    config = CONFIGS[kind](UNETS[kind])
+    config.set_inference_dtype(torch.float16, None)
+    unet = config.get_model({}, device=torch.device("meta")).diffusion_model
+    assert named(decoder_from_second(unet)) == blocks
+    assert len(all_layers(unet)) == layers
+    replaced = last_layers(unet, -1)
+    assert len(replaced) == layers - layers * 10 // 16
+    assert next(layer for layer in all_layers(unet) if layer in replaced) == first
 
 
 def test_nodes_choose_layers_and_refuse_in_a_sentence(tiny: Tiny) -> None:
