@@ -21,6 +21,7 @@ from ..host.refusals import (
     check_same_model,
     check_source,
     check_unet,
+    check_unguided,
 )
 from ..host.source import KEY
 from ..host.store import AttentionStore
@@ -80,6 +81,7 @@ def record_attention(model: ModelPatcher, trajectory: Trajectory, recording: Rec
     check_unet(model)
     check_same_model(model, trajectory)
     check_source(trajectory.conditioning)
+    check_unguided(model)
     if KEY in model.model_options["transformer_options"]:
         raise ValueError("Record Attention was given a MODEL that is already edited: connect the MODEL from before.")
     walk = _Walk(trajectory, recording)

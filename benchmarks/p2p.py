@@ -40,6 +40,7 @@ SIZES = {"sd15": 64, "sdxl": 128}
 TARGETS = {"swap": "a photo of a dog", "refine": "a photo of a sleeping cat"}
 SOURCE = "a photo of a cat"
 TOKENS = 77
+WIDEST_HEAD = 160  # channels
 CFG = 7.5
 ALWAYS = Window(0, 1)
 CPU = torch.device("cpu")
@@ -251,9 +252,9 @@ class Watch(TorchDispatchMode):
 
 
 def map_shapes(size: int) -> set[tuple[int, int]]:
-    """The last two dimensions of attention maps, without the self-attention's that a feature map may have too."""
+    """The last two dimensions of attention maps, without self-attention's that feature maps or heads may have too."""
     positions = {(size >> level) ** 2 for level in range(4)}
-    return {(n, TOKENS) for n in positions} | {(n, n) for n in positions if n > size}
+    return {(n, TOKENS) for n in positions} | {(n, n) for n in positions if n > max(size, WIDEST_HEAD)}
 
 
 def report(measures: dict[str, list[Measure]], watched: dict[str, Watch], rows: dict[str, int], steps: int) -> None:

@@ -84,12 +84,12 @@ def check_source(conditioning: list) -> None:
 
 
 def check_unguided(model: ModelPatcher) -> None:
-    """Raises ValueError for models whose guidance another node changed: an inversion is guided by its cfg alone."""
+    """Raises ValueError for models whose guidance another node changed: a trajectory is guided by its cfg alone."""
     found = [name for name in GUIDANCE if model.model_options.get(name)]
     if found:
         raise ValueError(
-            f"The MODEL to invert carries another node's guidance ({found[0]}), which bends the path: connect the "
-            "MODEL from before that node, and use the node on the MODEL that edits."
+            f"The MODEL to invert or record carries another node's guidance ({found[0]}), which bends the path: "
+            "connect the MODEL from before that node, and use the node on the MODEL that edits."
         )
 
 

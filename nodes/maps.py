@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import comfy.utils
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..attention.alignment import same_prompt
 from ..attention.heatmap import colored, word_heat
@@ -70,7 +70,7 @@ class AttentionMaps(io.ComfyNode):
             under = comfy.utils.repeat_to_batch_size(image[..., :3], images).repeat_interleave(columns.shape[1], 0)
         pictures = colored(heat, under)
         masks = (heat > threshold).float() if threshold > 0 else heat
-        return io.NodeOutput(pictures, masks, ui=ui.PreviewImage(pictures, cls=cls))
+        return io.NodeOutput(pictures, masks)
 
 
 def _prompt(store, prompt_edit):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import comfy.model_management
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -62,8 +62,7 @@ class FeatureViewer(io.ComfyNode):
             seen = _attention(model, layer, chosen)
         found = components(torch.cat(seen)).unflatten(1, (layer.height, layer.width)).movedim(-1, 1)
         height, width = attention_store.trajectory.states.shape[3:]
-        pictures = interpolate(found, (8 * height, 8 * width), mode="nearest").movedim(1, -1)
-        return io.NodeOutput(pictures, ui=ui.PreviewImage(pictures, cls=cls))
+        return io.NodeOutput(interpolate(found, (8 * height, 8 * width), mode="nearest").movedim(1, -1))
 
 
 def _chosen(store, kind: str, block: str) -> Layer:

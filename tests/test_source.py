@@ -21,8 +21,9 @@ from palimpsest.attention.p2p import PromptToPrompt, Window
 from palimpsest.host.layer import Inputs, Layer, Read
 from palimpsest.host.source import attach
 from palimpsest.inversion.run import Guidance, invert, record
+from palimpsest.nodes.store import RecordAttention
 from reference import classic_p2p, swapped
-from tiny import Tiny, conditioning, rows_of, tiny_model
+from tiny import Tiny, conditioning, execute, rows_of, tiny_model
 
 ALWAYS, NEVER = Window(0, 1), Window(0, 0)
 IDENTITY = torch.eye(77)
@@ -162,6 +163,8 @@ def test_inversion_refuses_guidance_patches(tiny: Tiny) -> None:
     model = PerturbedAttentionGuidance.execute(tiny.model, 3.0).result[0]
     with pytest.raises(ValueError, match="carries another node's guidance"):
         invert(model, Guidance(tiny.source, None, 1.0), tiny.image, tiny.sigmas)
+    with pytest.raises(ValueError, match="to invert or record carries another node's guidance"):
+        execute(RecordAttention, model=model, trajectory=tiny.trajectory)
     result = tiny.sample(attach(model, tiny.trajectory, swap(some_mapper())))
     assert not torch.equal(result, tiny.sample(attach(tiny.model, tiny.trajectory, swap(some_mapper()))))
 
