@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ from .picture import decode, sample, save_grid
 KINDS = {"swap": ("color", "shape", "background"), "refine": ("size", "texture")}
 DIRECT, BLENDED, WEIGHED = "Direct Inversion + P2P", "the same + Local Blend", "the same, the word weighed 2"
 WEIGHED_BLENDED = f"{WEIGHED} + Local Blend"
+RESAMPLED = "source, resampled at cfg 1"
 NAIVE, DRIFTING = "naive: inverted noise, new prompt", "DDIM + P2P"
 DRIFTING_PNP, DIRECT_PNP = "DDIM + PnP", "Direct Inversion + PnP"
 DRIFTING_MASACTRL, DIRECT_MASACTRL = "DDIM + MasaCtrl", "Direct Inversion + MasaCtrl"
@@ -100,8 +102,10 @@ def draw_cases(edit: str, count: int, seed: int) -> list[Case]:
     return cases
 
 
-def edit(loaded: tuple, cases: list[Case], arguments: argparse.Namespace) -> dict[str, np.ndarray]:
-    """The edited pictures [b, H, W, 3] by method."""
+def edit(
+    loaded: tuple, cases: list[Case], arguments: argparse.Namespace, methods: Collection[str] | None = None
+) -> dict[str, np.ndarray]:
+    """The edited pictures [b, H, W, 3] by method; all methods, or those asked for."""
     model, clip, vae = loaded
     source, target = ([encode(clip, [case[side].caption for case in cases])] for side in (1, 2))
     negative = [encode(clip, [""])]
@@ -133,9 +137,10 @@ def edit(loaded: tuple, cases: list[Case], arguments: argparse.Namespace) -> dic
         DRIFTING_MASACTRL: attach(model, drifting, masactrl),
         DIRECT_MASACTRL: attach(model, pinned, masactrl),
     }
-    latents = {"source, resampled at cfg 1": sample(model, Guidance(source, None, 1.0), noise, sigmas)}
-    latents |= {method: sample(edited, guided, noise, sigmas) for method, edited in models.items()}
-    return {method: decode(vae, latent) for method, latent in latents.items()}
+    runs = {RESAMPLED: (model, Guidance(source, None, 1.0))}
+    runs |= {method: (edited, guided) for method, edited in models.items()}
+    chosen = {method: runs[method] for method in methods or runs}
+    return {method: decode(vae, sample(*run, noise, sigmas)) for method, run in chosen.items()}
 
 
 def prompt_edit(clip, case: Case, alignment: str) -> PromptEdit:

@@ -75,7 +75,7 @@ def test_p2p_keeps_what_naive_resampling_loses(demo: tuple) -> None:
     """On twelve scenes: a smaller error outside the change, and the change itself shown on most."""
     arguments = argparse.Namespace(edit="swap", steps=25, cfg=3.0, cross=0.8, self_=0.4)
     cases = edits.draw_cases("swap", 12, seed=1)
-    pictures = edits.edit(demo, cases, arguments)
+    pictures = edits.edit(demo, cases, arguments, (edits.NAIVE, edits.DIRECT))
     scores = {
         name: [edits.measure(image, case) for image, case in zip(images, cases, strict=True)]
         for name, images in pictures.items()
