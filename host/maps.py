@@ -1,4 +1,4 @@
-"""Word maps: how much each image position attends to chosen words. The one place where attention maps are formed."""
+"""Word maps: how much each image position attends to chosen words."""
 
 from __future__ import annotations
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.modules.attention import SpatialTransformer, optimized_attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor
 
 from .layer import Inputs, Layer
+from .unet import blocks_with
 
 Enter = Callable[[str, Inputs, dict], Inputs]
 """Takes "self" or "cross", the inputs of all rows of a layer and its options; returns the inputs to go on with."""
@@ -57,11 +58,5 @@ def with_measure(options: dict, measure: Measure, unet: UNetModel) -> dict:
 
     replaced = options.get("patches_replace", {})
     inner = replaced.get("attn2", {})
-    around = {key: measuring(inner.get(key)) for key in {*_blocks(unet), *inner}}
+    around = {key: measuring(inner.get(key)) for key in {*blocks_with(unet, SpatialTransformer), *inner}}
     return {**options, "patches_replace": {**replaced, "attn2": around}}
-
-
-def _blocks(unet: UNetModel) -> list[tuple[str, int]]:
-    """All blocks of a UNet, as the host names them."""
-    sizes = {"input": len(unet.input_blocks), "middle": 1, "output": len(unet.output_blocks)}
-    return [(name, number) for name, size in sizes.items() for number in range(size)]

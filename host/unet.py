@@ -82,11 +82,7 @@ def _residual_layer(unet: UNetModel, block: Block) -> nn.Module:
 
 
 def decoder_from_second(unet: UNetModel) -> list[Block]:
-    """The decoder's attention blocks from the second on: Plug-and-Play's 4 to 11 in SD1.x and SD2.x, 1 to 5 in SDXL.
-
-    The coarsest level with attention has three blocks there, and the first of them still carries the layout of the
-    bottleneck alone.
-    """
+    """The decoder's attention blocks from the second on: Plug-and-Play's 4 to 11 in SD1.x and SD2.x, 1 to 5 in SDXL."""
     return [block for block in blocks_with(unet, SpatialTransformer) if block[0] == "output"][1:]
 
 

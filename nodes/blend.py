@@ -10,6 +10,7 @@ from ..attention.local_blend import LocalBlend
 from ..attention.phrases import changed_columns, phrase_columns, split_phrases
 from ..host.source import attach_blend
 from . import sockets
+from .widgets import fraction
 
 INTERSECT, UNITE = "intersect", "unite"
 
@@ -17,11 +18,6 @@ INTERSECT, UNITE = "intersect", "unite"
 class LocalBlendNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        def fraction(name: str, default: float, tooltip: str, advanced: bool = False) -> io.Float.Input:
-            return io.Float.Input(
-                name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip, advanced=advanced
-            )
-
         return io.Schema(
             node_id="PalimpsestLocalBlend",
             display_name="Local Blend",

@@ -5,13 +5,16 @@ from __future__ import annotations
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..attention.masactrl import MasaCtrl
 from ..attention.pnp import PRESETS, PlugAndPlay
 from ..host.refusals import check_unet
 from ..host.source import attach
+from ..host.trajectory import Trajectory
 from ..host.unet import blocks_with, decoder_from_second, last_layers, parse_blocks
 from . import sockets
+from .widgets import fraction
 
 CUSTOM = "custom"
 
@@ -19,9 +22,6 @@ CUSTOM = "custom"
 class PnPFeatureInjector(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        def fraction(name: str, default: float, tooltip: str) -> io.Float.Input:
-            return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
-
         def blocks(name: str, tooltip: str) -> io.String.Input:
             return io.String.Input(name, default="", tooltip=tooltip, advanced=True)
 
@@ -109,15 +109,10 @@ class MasaCtrlNode(io.ComfyNode):
                 sockets.Trajectory.Input(
                     "trajectory", tooltip="The source image; the paper inverts it with an empty prompt."
                 ),
-                io.Float.Input(
+                fraction(
                     "start",
-                    default=0.08,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip=(
-                        "From where in the run on. Later gives the new layout more time to form. Paper: step 4 of 50."
-                    ),
+                    0.08,
+                    "From where in the run on. Later gives the new layout more time to form. Paper: step 4 of 50.",
                 ),
                 io.Int.Input(
                     "first_layer",
@@ -156,7 +151,9 @@ class MasaCtrlNode(io.ComfyNode):
         return io.NodeOutput(attach(model, trajectory, edit, attention_store))
 
 
-def _foreground(source_mask, target_mask, trajectory, union: bool) -> tuple:
+def _foreground(
+    source_mask: Tensor | None, target_mask: Tensor | None, trajectory: Trajectory, union: bool
+) -> tuple[Tensor, Tensor]:
     if source_mask is None or target_mask is None:
         missing = "source_mask" if source_mask is None else "target_mask"
         raise ValueError(f"MasaCtrl needs both masks or neither: connect {missing} as well.")

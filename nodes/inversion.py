@@ -11,6 +11,7 @@ from ..host.model import noise_latent
 from ..inversion.ddim import leading_sigmas
 from ..inversion.run import Guidance, invert, record
 from . import sockets
+from .widgets import noise_and_sigmas
 
 LEADING = "ddim (diffusers leading)"
 
@@ -75,10 +76,7 @@ class DDIMInversion(io.ComfyNode):
             ],
             outputs=[
                 sockets.Trajectory.Output("trajectory", tooltip="The image at every noise level, for the edit nodes."),
-                io.Latent.Output(
-                    "noise", tooltip="The inverted noise: latent_image of the sampler, with add_noise disabled."
-                ),
-                io.Sigmas.Output("sigmas", tooltip="The schedule, for SamplerCustom."),
+                *noise_and_sigmas(),
             ],
         )
 

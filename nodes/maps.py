@@ -5,10 +5,12 @@ from __future__ import annotations
 import comfy.utils
 from comfy_api.latest import io
 
-from ..attention.alignment import same_prompt
+from ..attention.alignment import PromptEdit, Words, same_prompt
 from ..attention.heatmap import colored, word_heat
 from ..attention.phrases import prompt_columns, split_phrases
+from ..host.store import AttentionStore
 from . import sockets
+from .widgets import fraction
 
 PLACING, ALL = "those that place words", "all"
 
@@ -16,11 +18,6 @@ PLACING, ALL = "those that place words", "all"
 class AttentionMaps(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        def fraction(name: str, default: float, tooltip: str) -> io.Float.Input:
-            return io.Float.Input(
-                name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip, advanced=name != "threshold"
-            )
-
         return io.Schema(
             node_id="PalimpsestAttentionMaps",
             display_name="Attention Maps",
@@ -42,8 +39,13 @@ class AttentionMaps(io.ComfyNode):
                     "threshold", 0.0, "0 makes soft masks; above it a mask is 1 where the map exceeds this, else 0."
                 ),
                 io.Image.Input("image", optional=True, tooltip="The image, to lay the maps over."),
-                fraction("start", 0.0, "Where in the run the average begins."),
-                fraction("end", 1.0, "Where in the run it ends. Early steps place things, late ones draw them."),
+                fraction("start", 0.0, "Where in the run the average begins.", advanced=True),
+                fraction(
+                    "end",
+                    1.0,
+                    "Where in the run it ends. Early steps place things, late ones draw them.",
+                    advanced=True,
+                ),
                 io.Combo.Input(
                     "layers",
                     options=[PLACING, ALL],
@@ -73,7 +75,7 @@ class AttentionMaps(io.ComfyNode):
         return io.NodeOutput(pictures, masks)
 
 
-def _prompt(store, prompt_edit):
+def _prompt(store: AttentionStore, prompt_edit: PromptEdit) -> Words:
     """The prompt of `prompt_edit` that the store was recorded with."""
     source, targets = prompt_edit.embeddings
     embedding = store.trajectory.conditioning[0][0]

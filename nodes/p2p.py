@@ -9,6 +9,7 @@ from ..attention.p2p import PRESETS, PromptToPrompt, Settings, Window
 from ..attention.phrases import gains, windows
 from ..host.source import attach
 from . import sockets
+from .widgets import fraction
 
 CUSTOM = "custom"
 
@@ -16,11 +17,6 @@ CUSTOM = "custom"
 class P2PAttentionController(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        def fraction(name: str, default: float, tooltip: str, advanced: bool = False) -> io.Float.Input:
-            return io.Float.Input(
-                name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip, advanced=advanced
-            )
-
         return io.Schema(
             node_id="PalimpsestP2PAttentionController",
             display_name="P2P Attention Controller",

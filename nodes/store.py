@@ -13,6 +13,7 @@ from ..host.refusals import check_same_model, check_unet
 from ..host.store import AttentionStore
 from ..host.unet import decoder_from_second
 from . import files, sockets
+from .widgets import fraction, noise_and_sigmas, saved_file, saved_name
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEVICES = {"cpu": torch.device("cpu"), "gpu": None}
@@ -21,9 +22,6 @@ DEVICES = {"cpu": torch.device("cpu"), "gpu": None}
 class RecordAttention(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        def fraction(name: str, default: float, tooltip: str) -> io.Float.Input:
-            return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
-
         return io.Schema(
             node_id="PalimpsestRecordAttention",
             display_name="Record Attention",
@@ -123,11 +121,7 @@ class SaveAttentionStore(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 sockets.AttentionStore.Input("attention_store", tooltip="What to write; as large as it is in memory."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="attention/image",
-                    tooltip="File name in the output folder, folders allowed; a number is added.",
-                ),
+                saved_name("attention/image"),
             ],
             outputs=[sockets.AttentionStore.Output("attention_store", tooltip="The same store, to go on with.")],
         )
@@ -150,19 +144,12 @@ class LoadAttentionStore(io.ComfyNode):
             search_aliases=["import attention"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that made the store; clearly another one is refused."),
-                io.Combo.Input(
-                    "file",
-                    options=files.listed(),
-                    tooltip="A file of the input folder, or of the output folder where it ends in [output].",
-                ),
+                saved_file(),
             ],
             outputs=[
                 sockets.AttentionStore.Output("attention_store", tooltip="For P2P Attention Controller."),
                 sockets.Trajectory.Output("trajectory", tooltip="The source image, for the edit nodes."),
-                io.Latent.Output(
-                    "noise", tooltip="The inverted noise: latent_image of the sampler, add_noise disabled."
-                ),
-                io.Sigmas.Output("sigmas", tooltip="The schedule, for SamplerCustom."),
+                *noise_and_sigmas(),
             ],
         )
 

@@ -8,6 +8,7 @@ from ..host.model import noise_latent
 from ..host.refusals import check_same_model
 from ..host.trajectory import Trajectory
 from . import files, sockets
+from .widgets import noise_and_sigmas, saved_file, saved_name
 
 
 class SaveTrajectory(io.ComfyNode):
@@ -24,11 +25,7 @@ class SaveTrajectory(io.ComfyNode):
                 sockets.Trajectory.Input(
                     "trajectory", tooltip="What to write: about 3.6 MB for a 512 pixel image at 50 steps."
                 ),
-                io.String.Input(
-                    "filename_prefix",
-                    default="trajectories/image",
-                    tooltip="File name in the output folder, folders allowed; a number is added.",
-                ),
+                saved_name("trajectories/image"),
             ],
             outputs=[sockets.Trajectory.Output("trajectory", tooltip="The same trajectory, to go on with.")],
         )
@@ -51,18 +48,11 @@ class LoadTrajectory(io.ComfyNode):
             search_aliases=["load inversion", "import trajectory"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that made the trajectory; clearly another one is refused."),
-                io.Combo.Input(
-                    "file",
-                    options=files.listed(),
-                    tooltip="A file of the input folder, or of the output folder where it ends in [output].",
-                ),
+                saved_file(),
             ],
             outputs=[
                 sockets.Trajectory.Output("trajectory", tooltip="The image at every noise level, for the edit nodes."),
-                io.Latent.Output(
-                    "noise", tooltip="The inverted noise: latent_image of the sampler, add_noise disabled."
-                ),
-                io.Sigmas.Output("sigmas", tooltip="The schedule, for SamplerCustom."),
+                *noise_and_sigmas(),
             ],
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -11,6 +12,7 @@ from torch.nn.functional import interpolate
 from ..attention.viewer import components, self_attention
 from ..host.layer import Layer
 from ..host.refusals import check_same_model
+from ..host.store import AttentionStore
 from ..host.unet import attention_of, named, parse_blocks
 from . import sockets
 
@@ -65,7 +67,7 @@ class FeatureViewer(io.ComfyNode):
         return io.NodeOutput(interpolate(found, (8 * height, 8 * width), mode="nearest").movedim(1, -1))
 
 
-def _chosen(store, kind: str, block: str) -> Layer:
+def _chosen(store: AttentionStore, kind: str, block: str) -> Layer:
     """The recorded layer of a kind in the named block, or the first one of the decoder."""
     recorded = [
         layer
@@ -85,7 +87,7 @@ def _chosen(store, kind: str, block: str) -> Layer:
     return next(layer for layer in recorded if layer.block_id == (wanted or decoder)[0])
 
 
-def _attention(model, layer: Layer, inputs: list[Tensor]) -> list[Tensor]:
+def _attention(model: ModelPatcher, layer: Layer, inputs: list[Tensor]) -> list[Tensor]:
     """The self-attention maps [b, positions, positions] of recorded inputs of one layer."""
     comfy.model_management.load_models_gpu([model])
     attention = attention_of(model.model.diffusion_model, layer)

@@ -1,0 +1,38 @@
+"""Inputs and outputs that several nodes have in common."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from . import files
+
+
+def fraction(name: str, default: float, tooltip: str, advanced: bool = False) -> io.Float.Input:
+    """A number from 0 to 1."""
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip, advanced=advanced)
+
+
+def saved_name(default: str) -> io.String.Input:
+    """Where a node writes to."""
+    return io.String.Input(
+        "filename_prefix",
+        default=default,
+        tooltip="File name in the output folder, folders allowed; a number is added.",
+    )
+
+
+def saved_file() -> io.Combo.Input:
+    """What a node reads from."""
+    return io.Combo.Input(
+        "file",
+        options=files.listed(),
+        tooltip="A file of the input folder, or of the output folder where it ends in [output].",
+    )
+
+
+def noise_and_sigmas() -> list[io.Output]:
+    """What a sampler takes from a trajectory."""
+    return [
+        io.Latent.Output("noise", tooltip="The inverted noise: latent_image of the sampler, add_noise disabled."),
+        io.Sigmas.Output("sigmas", tooltip="The schedule, for SamplerCustom."),
+    ]
