@@ -69,6 +69,7 @@ class PromptToPrompt:
     cross: Tensor
     self_: Window
     self_positions: int
+    node = "P2P Attention Controller"
 
     def check(self, positive: Tensor, batch: int) -> None:
         if not same_prompt(positive, self.target):
@@ -108,7 +109,7 @@ class PromptToPrompt:
 class _Rule:
     tables: tuple[Tensor, Tensor] | None
     self_positions: int
-    node = "P2P Attention Controller"
+    node = PromptToPrompt.node
     everyone = False
     features = ()
 

@@ -25,6 +25,7 @@ class PlugAndPlay:
     attention: tuple[Block, ...]
     tau_f: float
     tau_a: float
+    node = "PnP Feature Injector"
 
     def check(self, positive: Tensor, batch: int) -> None:
         """Any target will do: the method knows no words."""
@@ -39,7 +40,7 @@ class PlugAndPlay:
 class _Rule:
     features: tuple[Block, ...]
     attention: tuple[Block, ...]
-    node = "PnP Feature Injector"
+    node = PlugAndPlay.node
     everyone = True
 
     def wants(self, layer: Layer) -> bool:

@@ -34,7 +34,7 @@ from ..host.model import identity
 from ..host.source import attach
 from ..host.trajectory import Trajectory
 from ..inversion.ddim import leading_sigmas
-from ..tests.checkpoints import CONFIGS, UNETS
+from .architectures import CONFIGS, UNETS
 
 SIZES = {"sd15": 64, "sdxl": 128}
 TARGETS = {"swap": "a photo of a dog", "refine": "a photo of a sleeping cat"}

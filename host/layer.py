@@ -74,7 +74,9 @@ class Rule(Protocol):
 
 
 class Edit(Protocol):
-    """A rule for what the target reads from the source."""
+    """A rule for what the target reads from the source. node: the display name of the node that made it."""
+
+    node: str
 
     def check(self, positive: Tensor, batch: int) -> None:
         """Raises ValueError where the sampler's positive embedding [k, tokens, channels], for `batch` images, is not

@@ -11,9 +11,8 @@ appends it to the model call, APPLY_MODEL puts the trajectory's state into its r
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+import logging
+from dataclasses import dataclass, replace
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -22,14 +21,13 @@ from comfy.sampler_helpers import convert_cond
 from comfy.samplers import CFGGuider, Sampler, can_concat_cond, get_area_and_mult
 from torch import Tensor
 
-from .layer import Blend, Block, Edit, Inputs, Layer, Read, Rule
-from .maps import WordMaps, map_size, token_maps
-from .patches import layer_of, with_enter, with_measure
+from .call import CHUNKS, KEY, Call, slice_of
+from .layer import Blend, Block, Edit, Inputs, Layer, Rule
+from .maps import WordMaps, map_size
+from .patches import with_enter, with_measure
 from .refusals import (
     check_in_place,
     check_part,
-    check_positions_kept,
-    check_prompt_kept,
     check_run,
     check_same_model,
     check_source,
@@ -40,10 +38,8 @@ from .store import AttentionStore
 from .trajectory import Trajectory
 from .unet import residual_hooks
 
-KEY = "palimpsest"
-RUN, CALL, CHUNKS, READS = f"{KEY}.run", f"{KEY}.call", f"{KEY}.chunks", f"{KEY}.reads"
+RUN, CALL = f"{KEY}.run", f"{KEY}.call"
 OWN = ("control", "gligen")  # what the host hands on from the positive conditioning to all others
-TERM = -1  # stands for a further term of the target's attention among the cond indices of a call
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ def attach(
     """
     model, branch = _branched(model, trajectory)
     if any(type(other) is type(edit) for other in branch.edits):
-        raise ValueError("This MODEL already carries such an edit: one node of a kind has to do all that it is to do.")
+        raise ValueError(f"This MODEL already carries a {edit.node}: write the whole edit into one such node.")
     if store is not None and not torch.equal(store.trajectory.states, trajectory.states):
         raise ValueError("The attention store was recorded from another trajectory: record it from this edit's.")
     if store is not None and branch.store is not None and store is not branch.store:
@@ -110,6 +106,7 @@ class _Run:
     def __init__(self, branch: SourceBranch, guider: CFGGuider) -> None:
         self.branch, self.guider = branch, guider
         self.started = False
+        self.live: set[int] = set()  # the steps at which the source's row took part
         self.maps: dict[int, tuple[Tensor, Tensor]] = {}  # by step: word maps of source and target
 
     @property
@@ -118,7 +115,7 @@ class _Run:
         own = self.branch.trajectory.conditioning[0][1]
         return {key: value for key, value in self.guider.conds[KEY][0].items() if key not in OWN or key in own}
 
-    def call(self, conds: list[list[dict] | None], x: Tensor, timestep: Tensor) -> _Call | None:
+    def call(self, conds: list[list[dict] | None], x: Tensor, timestep: Tensor) -> Call | None:
         """The source's part in one model call, or None where no edit or no target takes part."""
         trajectory, sigma = self.branch.trajectory, float(timestep[0])
         index = trajectory.index(sigma)
@@ -141,10 +138,12 @@ class _Run:
         if not rules and word_maps is None:
             return None
         kept = self.stored(index, rules, word_maps)
+        if kept is None:
+            self.live.add(index)
         tokens = self.source["cross_attn"].shape[1], conds[target][0]["cross_attn"].shape[1]
         source = len(conds) if kept is None else None
         present = [i for i, cond in enumerate(conds) if cond]
-        return _Call(rules, index, state, source, target, present, tokens, word_maps, kept or {})
+        return Call(rules, index, state, source, target, present, tokens, word_maps, kept or {})
 
     def word_maps(self, index: int, x: Tensor) -> WordMaps | None:
         """What to measure in this call: the blend's phrases, once a step."""
@@ -166,13 +165,11 @@ class _Run:
                 return None
             word_maps.give_source(of_source)
         features = {block for rule in rules for block in rule.features}
-        layers = [
-            layer for layer in store.layers if layer.kind != "feature" and any(rule.wants(layer) for rule in rules)
-        ]
-        layers += [layer for layer in store.layers if layer.kind == "feature" and layer.block_id in features]
-        if not features <= {layer.block_id for layer in layers if layer.kind == "feature"}:
+        recorded = [layer for layer in store.layers if layer.kind == "feature" and layer.block_id in features]
+        if len(recorded) < len(features):
             return None
-        return store.at(index, layers)
+        attention = [layer for layer in store.layers if layer.kind != "feature"]
+        return store.at(index, recorded + [layer for layer in attention if any(rule.wants(layer) for rule in rules)])
 
     def blend(self, x: Tensor, index: int, state: Tensor) -> Tensor:
         """x at a step of the trajectory, with `state` outside the blend's mask: exactly x at 1, exactly it at 0."""
@@ -182,137 +179,6 @@ class _Run:
         source, target = (sum(maps) for maps in zip(*self.maps.values(), strict=True)) if self.maps else (None, None)
         mask = blend.mask(source, target, tuple(x.shape[2:])).to(x)
         return torch.where(mask == 1, x, state + mask * (x - state))
-
-
-@dataclass
-class _Call:
-    """One model call. Chunks are known by their cond index; each is an equal share of the rows of a batch."""
-
-    rules: list[Rule]
-    index: int  # of the trajectory's state
-    state: Tensor  # [1 or b, c, h, w]
-    source: int | None  # None where the store stands in for it
-    target: int
-    present: list[int]  # the conditionings that run at all
-    tokens: tuple[int, int]  # of the source's and of the target's prompt, before the host tiles them
-    word_maps: WordMaps | None
-    kept: dict[Layer, Inputs] = field(default_factory=dict)  # of the source, from the store or from its own row
-
-    def attention(self, kind: str, rows: Inputs, extra_options: dict) -> Inputs:
-        """The rows of all chunks of a UNet call, the target's replaced by what the edits let it read.
-
-        An attention of several terms is run as so many rows, the further ones behind all others; `leave` joins them.
-        """
-        rule = self.rule(layer := layer_of(kind, extra_options))
-        if rule is None:
-            return rows
-        chunks = extra_options[CHUNKS]
-        supplied = self.chunk(rows, chunks, self.source, kind) if self.source in chunks else self.kept[layer]
-        if self.source in chunks and self.awaited(rule, chunks):
-            self.kept[layer] = supplied
-        reads: dict[int, tuple[Read, ...]] = {}
-        for index in self.readers(rule, chunks):
-            own = self.chunk(rows, chunks, index, kind)
-            source = Inputs(*(t.to(own.query).expand(len(own.query), -1, -1) for t in supplied))
-            reads[index] = rule.read(layer, source, own)
-        further = [index for index, terms in reads.items() for _ in terms[1:]]
-        extra_options[READS] = reads
-        extra_options[CHUNKS] = [*chunks, *[TERM] * len(further)]
-        extra_options["cond_or_uncond"] = [*extra_options["cond_or_uncond"], *further]
-        places = {index: _slice(rows.query, chunks, index) for index in reads}
-        return _with_rows(
-            rows, places, {index: [_scaled(t, len(terms)) for t in terms] for index, terms in reads.items()}
-        )
-
-    def rule(self, layer: Layer) -> Rule | None:
-        """The one edit that replaces this layer, if any."""
-        rules = [rule for rule in self.rules if rule.wants(layer)]
-        if len(rules) > 1:
-            raise ValueError(
-                f"{rules[0].node} and {rules[1].node} on this MODEL both replace the {layer.kind}-attention of "
-                f"{layer.block} block {layer.number}: narrow the schedule or the layers of one of them."
-            )
-        return rules[0] if rules else None
-
-    def readers(self, rule: Rule, chunks: Iterable[int]) -> list[int]:
-        return [index for index in chunks if index == self.target or (rule.everyone and index != self.source)]
-
-    def awaited(self, rule: Rule, chunks: list[int]) -> bool:
-        """Whether a chunk that reads from the source runs in a later UNet call than these."""
-        return any(index not in chunks for index in self.readers(rule, self.present))
-
-    def leave(self, rows: Tensor, extra_options: dict) -> Tensor:
-        """The layer's output [rows, positions, channels], the terms of each attention joined.
-
-        The output is affine in the attention: the mean over terms scaled by their number is the output of their sum.
-        """
-        reads = extra_options.pop(READS, {})
-        further = sum(len(terms) - 1 for terms in reads.values())
-        if not further:
-            return rows
-        chunks = extra_options[CHUNKS][:-further]
-        others = iter(rows.chunk(len(chunks) + further)[-further:])
-        rows = rows[: -further * (len(rows) // (len(chunks) + further))].clone()
-        for index, (first, *rest) in reads.items():
-            where = _slice(rows, chunks, index)
-            joined = rows[where] * _share(first, len(rest) + 1)
-            for term in rest:
-                joined = joined + next(others) * _share(term, len(rest) + 1)
-            rows[where] = joined
-        extra_options[CHUNKS] = chunks
-        extra_options["cond_or_uncond"] = extra_options["cond_or_uncond"][:-further]
-        return rows
-
-    def feature(self, block: Block, features: Tensor, chunks: list[int]) -> Tensor:
-        """Residual features of all chunks [rows, channels, h, w], the target's replaced by the source's."""
-        (rule,) = (rule for rule in self.rules if block in rule.features)
-        layer = Layer("feature", *block, 0, *features.shape[2:])
-        if self.source in chunks:
-            supplied = features[_slice(features, chunks, self.source)]
-            if self.awaited(rule, chunks):
-                self.kept[layer] = Inputs(supplied, supplied, supplied)
-        else:
-            supplied = self.kept[layer].query.to(features)
-        features = features.clone()
-        for index in self.readers(rule, chunks):
-            features[_slice(features, chunks, index)] = supplied
-        return features
-
-    def measure(self, query: Tensor, key: Tensor, extra_options: dict) -> None:
-        """Adds one layer's word maps. The target's are those of its edited map, the sum of A @ carry over its terms."""
-        layer = layer_of("cross", extra_options)
-        if not self.word_maps.measures(layer):
-            return
-        check_positions_kept(query.shape[1], layer.positions)
-        chunks, heads = extra_options[CHUNKS], extra_options["n_heads"]
-        of_source, of_target = self.word_maps.columns
-        size = len(query) // len(chunks)
-
-        def maps(at: int, tokens: int) -> Tensor:
-            rows = slice(at * size, (at + 1) * size)
-            check_prompt_kept(key.shape[1], tokens)
-            return token_maps(query[rows], key[rows], heads, tokens)
-
-        if self.source in chunks:
-            self.word_maps.add("source", maps(chunks.index(self.source), self.tokens[0]) @ of_source)
-        if self.target in chunks:
-            reads = extra_options.get(READS, {}).get(self.target, (None,))
-            further = [i for i, chunk in enumerate(chunks) if chunk == TERM]
-            measured = 0
-            for at, read in zip([chunks.index(self.target), *further], reads, strict=True):
-                tokens = self.tokens[1] if read is None else read.inputs.key.shape[1]
-                columns = of_target if read is None or read.carry is None else read.carry.to(of_target) @ of_target
-                measured = measured + maps(at, tokens) @ columns
-            self.word_maps.add("target", measured)
-
-    def chunk(self, rows: Inputs, chunks: list[int], index: int, kind: str) -> Inputs:
-        """One chunk's inputs, its tokens folded back to those of its own prompt."""
-        inputs = Inputs(*(t[_slice(t, chunks, index)] for t in rows))
-        if kind == "self":
-            return inputs
-        tokens = self.tokens[0 if index == self.source else 1]
-        check_prompt_kept(inputs.key.shape[1], tokens)
-        return Inputs(inputs.query, inputs.key[:, :tokens], inputs.value[:, :tokens])
 
 
 def _outer_sample(
@@ -333,6 +199,11 @@ def _outer_sample(
     run = options[RUN] = _Run(branch, guider)
     try:
         result = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+        if branch.store is not None and run.live:
+            logging.warning(
+                f"Palimpsest: the attention store lacks {len(run.live)} of {branch.trajectory.steps} steps, which ran "
+                "with the source's row: raise the fractions of Record Attention, its self_max_side or its budget_mb."
+            )
         end = branch.trajectory.index(float(sigmas[-1]))
         if branch.blend is None or end is None:
             return result
@@ -396,7 +267,7 @@ def _apply_model(executor, x: Tensor, t: Tensor, c_concat, c_crossattn, control,
 
     x, t, c_concat, c_crossattn = (ordered(value) for value in (x, t, c_concat, c_crossattn))
     if call.source in chunks:
-        where = _slice(x, chunks, call.source)
+        where = slice_of(x, chunks, call.source)
         check_part(x[where], call.state)
         x[where] = call.state
     kwargs = {name: ordered(value) for name, value in kwargs.items()}
@@ -419,41 +290,3 @@ def _one_call(source: dict, target: dict, x: Tensor, timestep: Tensor) -> bool:
     """Whether the host can run source and target in one call, or else split them with the source first."""
     mine, other = get_area_and_mult(source, x, timestep), get_area_and_mult(target, x, timestep)
     return source.get("control") is None and mine.hooks == other.hooks and can_concat_cond(mine, other)
-
-
-def _slice(tensor: Tensor, chunks: list[int], index: int) -> slice:
-    size = len(tensor) // len(chunks)
-    at = chunks.index(index)
-    return slice(at * size, (at + 1) * size)
-
-
-def _with_rows(rows: Inputs, places: dict[int, slice], terms: dict[int, list[Inputs]]) -> Inputs:
-    """`rows` with each chunk's first term in its place, and the further terms behind all rows, in order.
-
-    Token counts that differ are tiled, which leaves attention unchanged.
-    """
-    placed = [term for chunk in terms.values() for term in chunk]
-    tokens = math.lcm(rows.key.shape[1], *(term.key.shape[1] for term in placed))
-
-    def joined(name: str, length: int) -> Tensor:
-        def tiled(inputs: Inputs) -> Tensor:
-            tensor = getattr(inputs, name)
-            return tensor.repeat(1, length // tensor.shape[1], 1)
-
-        result = tiled(rows)  # a copy: the host shares these tensors between arguments
-        for index, (first, *_) in terms.items():
-            result[places[index]] = tiled(first)
-        further = [tiled(term) for _, *rest in terms.values() for term in rest]
-        return torch.cat([result, *further]) if further else result
-
-    return Inputs(joined("query", rows.query.shape[1]), joined("key", tokens), joined("value", tokens))
-
-
-def _scaled(term: Read, terms: int) -> Inputs:
-    """The inputs of one of several terms, the value scaled where they add up: `leave` takes their mean."""
-    query, key, value = term.inputs
-    return Inputs(query, key, value * terms if terms > 1 and term.weight is None else value)
-
-
-def _share(term: Read, terms: int) -> Tensor | float:
-    return 1 / terms if term.weight is None else term.weight

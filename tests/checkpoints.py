@@ -9,10 +9,11 @@ import comfy.ldm.models.autoencoder
 import comfy.model_base
 import comfy.sd1_clip
 import comfy.sdxl_clip
-import comfy.supported_models
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from palimpsest.benchmarks.architectures import CONFIGS, UNETS
 
 VAE = {
     "double_z": True,
@@ -26,42 +27,6 @@ VAE = {
     "attn_resolutions": [],
     "dropout": 0.0,
 }
-COMMON = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 320,
-    "use_spatial_transformer": True,
-    "legacy": False,
-    "use_temporal_attention": False,
-    "use_temporal_resblock": False,
-}
-UNETS = {
-    "sd15": COMMON
-    | {
-        "num_res_blocks": [2, 2, 2, 2],
-        "channel_mult": [1, 2, 4, 4],
-        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-        "transformer_depth_output": [1] * 9 + [0] * 3,
-        "transformer_depth_middle": 1,
-        "use_linear_in_transformer": False,
-        "context_dim": 768,
-        "adm_in_channels": None,
-    },
-    "sdxl": COMMON
-    | {
-        "num_res_blocks": [2, 2, 2],
-        "channel_mult": [1, 2, 4],
-        "transformer_depth": [0, 0, 2, 2, 10, 10],
-        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-        "transformer_depth_middle": 10,
-        "use_linear_in_transformer": True,
-        "context_dim": 2048,
-        "num_classes": "sequential",
-        "adm_in_channels": 2816,
-    },
-}
-CONFIGS = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}
 TEXT_ENCODERS = {"sd15": comfy.sd1_clip.SD1ClipModel, "sdxl": comfy.sdxl_clip.SDXLClipModel}
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import comfy.model_management
+import comfy.samplers
 import pytest
 import torch
+from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from checkpoints import CONFIGS, UNETS
 from palimpsest.attention.masactrl import MasaCtrl
 from palimpsest.attention.p2p import Window
 from palimpsest.attention.pnp import PRESETS, PlugAndPlay
 from palimpsest.attention.record import Recording, record_attention
 from palimpsest.attention.viewer import components, self_attention
+from palimpsest.benchmarks.architectures import CONFIGS, UNETS
 from palimpsest.host.source import attach
 from palimpsest.host.unet import all_layers, blocks_with, decoder_from_second, last_layers, named, parse_blocks
+from palimpsest.inversion.run import Guidance, record
 from palimpsest.nodes.inject import MasaCtrlNode, PnPFeatureInjector
 from palimpsest.nodes.viewer import FEATURES, SELF_ATTENTION, FeatureViewer
 from reference import classic_run, explicit
@@ -122,14 +125,20 @@ def test_no_op_settings_equal_the_plain_sampler_bit_for_bit(tiny: Tiny) -> None:
 
 
 def test_full_injection_with_equal_prompts_keeps_the_source(tiny: Tiny) -> None:
-    """Every block injected and the source's prompt at cfg 1: the target runs along the source's own path."""
+    """Everything injected and the source's prompt at cfg 1: exactly the source that the same sampler made, and nearer
+    to one that was inverted than without.
+    """
     unet = tiny.model.model.diffusion_model
-    blocks = tuple(blocks_with(unet, type(unet.input_blocks[1][1])))
-    edit = PlugAndPlay(tuple(("output", i) for i in range(len(unet.output_blocks))), blocks, 1.0, 1.0)
+    decoder = tuple(("output", i) for i in range(len(unet.output_blocks)))
+    edit = PlugAndPlay(decoder, tuple(blocks_with(unet, SpatialTransformer)), 1.0, 1.0)
+    guidance, zeros = Guidance(tiny.source, None, 1.0), torch.zeros_like(tiny.noise)
+    euler = comfy.samplers.sampler_object("euler")
+    made, image = record(tiny.model, guidance, euler, tiny.sigmas, zeros, tiny.noise, 0)
+    result = tiny.sample(attach(tiny.model, made, edit), positive=tiny.source, cfg=1.0)
+    assert (result - image).norm() < 1e-5 * image.norm()
     result = tiny.sample(attach(tiny.model, tiny.trajectory, edit), positive=tiny.source, cfg=1.0)
-    plain = tiny.sample(tiny.model, positive=tiny.source, cfg=1.0)
-    image = tiny.model.model.process_latent_out(tiny.trajectory.states[-1])
-    assert (result - image).norm() <= (plain - image).norm()
+    inverted = tiny.model.model.process_latent_out(tiny.trajectory.states[-1])
+    assert (result - inverted).norm() < 0.85 * (image - inverted).norm()
 
 
 @pytest.mark.parametrize("name", ["pnp", "masactrl"])
@@ -255,7 +264,7 @@ def test_nodes_choose_layers_and_refuse_in_a_sentence(tiny: Tiny) -> None:
 
 def test_components_are_those_of_the_covariance() -> None:
     """Against the singular value decomposition of the centred features, up to sign and scale."""
-    features = torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 9)
+    features = torch.randn(2, 100, 60, generator=torch.Generator().manual_seed(0)) * 1.1 ** torch.arange(60)
     found = components(features).flatten(0, 1)
     flat = features.flatten(0, 1) - features.flatten(0, 1).mean(0)
     left, values, _ = torch.linalg.svd(flat, full_matrices=False)

@@ -274,7 +274,7 @@ def test_two_edits_share_one_branch(tiny: Tiny) -> None:
     assert rows == [3] * 5
     assert probe.seen
     assert torch.equal(result, tiny.sample(attach(tiny.model, tiny.trajectory, swap(some_mapper(), self_=NEVER))))
-    with pytest.raises(ValueError, match="already carries such an edit"):
+    with pytest.raises(ValueError, match="already carries a P2P Attention Controller"):
         attach(both, tiny.trajectory, swap())
     with pytest.raises(ValueError, match="Attention Controller and Probe on this MODEL both replace the cross-att"):
         tiny.sample(attach(attach(tiny.model, tiny.trajectory, swap()), tiny.trajectory, Probe("cross")))

@@ -268,7 +268,7 @@ def test_budgets_keep_whole_steps(tiny: Tiny, budget: int, steps: list[int]) -> 
     assert distance(result, tiny.sample(edited(tiny))) < 1e-5
 
 
-def test_an_edit_that_wants_more_runs_live(tiny: Tiny) -> None:
+def test_an_edit_that_wants_more_runs_live_and_says_so(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
     live = tiny.sample(edited(tiny))
     for store, expected in (
         (recorded(tiny, side=4), [3, 3, 2, 2, 2]),
@@ -278,8 +278,11 @@ def test_an_edit_that_wants_more_runs_live(tiny: Tiny) -> None:
         (recorded(tiny, cross=ALWAYS, self_=ALWAYS), [2] * 5),
     ):
         model, rows = rows_of(edited(tiny, store))
+        caplog.clear()
         assert distance(tiny.sample(model), live) < 1e-5
         assert rows == expected
+        lacking = expected.count(3)
+        assert (f"the attention store lacks {lacking} of 5 steps" in caplog.text) == bool(lacking)
 
 
 def blend_of(tiny: Tiny) -> LocalBlend:

@@ -1,0 +1,188 @@
+"""What happens inside one model call: the target's rows read from the source's in every layer that an edit wants."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .layer import Block, Inputs, Layer, Read, Rule
+from .maps import WordMaps, token_maps
+from .patches import layer_of
+from .refusals import check_positions_kept, check_prompt_kept
+
+KEY = "palimpsest"
+CHUNKS, READS = f"{KEY}.chunks", f"{KEY}.reads"
+TERM = -1  # stands for a further term of the target's attention among the cond indices of a call
+
+
+@dataclass
+class Call:
+    """One model call. Chunks are known by their cond index; each is an equal share of the rows of a batch."""
+
+    rules: list[Rule]
+    index: int  # of the trajectory's state
+    state: Tensor  # [1 or b, c, h, w]
+    source: int | None  # None where the store stands in for it
+    target: int
+    present: list[int]  # the conditionings that run at all
+    tokens: tuple[int, int]  # of the source's and of the target's prompt, before the host tiles them
+    word_maps: WordMaps | None
+    kept: dict[Layer, Inputs] = field(default_factory=dict)  # of the source, from the store or from its own row
+
+    def attention(self, kind: str, rows: Inputs, extra_options: dict) -> Inputs:
+        """The rows of all chunks of a UNet call, the target's replaced by what the edits let it read.
+
+        An attention of several terms is run as so many rows, the further ones behind all others; `leave` joins them.
+        """
+        rule = self.rule(layer := layer_of(kind, extra_options))
+        if rule is None:
+            return rows
+        chunks = extra_options[CHUNKS]
+        supplied = self.chunk(rows, chunks, self.source, kind) if self.source in chunks else self.kept[layer]
+        if self.source in chunks and self.awaited(rule, chunks):
+            self.kept[layer] = supplied
+        reads: dict[int, tuple[Read, ...]] = {}
+        for index in self.readers(rule, chunks):
+            own = self.chunk(rows, chunks, index, kind)
+            source = Inputs(*(t.to(own.query).expand(len(own.query), -1, -1) for t in supplied))
+            reads[index] = rule.read(layer, source, own)
+        further = [index for index, terms in reads.items() for _ in terms[1:]]
+        extra_options[READS] = reads
+        extra_options[CHUNKS] = [*chunks, *[TERM] * len(further)]
+        extra_options["cond_or_uncond"] = [*extra_options["cond_or_uncond"], *further]
+        places = {index: slice_of(rows.query, chunks, index) for index in reads}
+        return _with_rows(
+            rows, places, {index: [_scaled(t, len(terms)) for t in terms] for index, terms in reads.items()}
+        )
+
+    def rule(self, layer: Layer) -> Rule | None:
+        """The one edit that replaces this layer, if any."""
+        rules = [rule for rule in self.rules if rule.wants(layer)]
+        if len(rules) > 1:
+            raise ValueError(
+                f"{rules[0].node} and {rules[1].node} on this MODEL both replace the {layer.kind}-attention of "
+                f"{layer.block} block {layer.number}: narrow the schedule or the layers of one of them."
+            )
+        return rules[0] if rules else None
+
+    def readers(self, rule: Rule, chunks: Iterable[int]) -> list[int]:
+        return [index for index in chunks if index == self.target or (rule.everyone and index != self.source)]
+
+    def awaited(self, rule: Rule, chunks: list[int]) -> bool:
+        """Whether a chunk that reads from the source runs in a later UNet call than these."""
+        return any(index not in chunks for index in self.readers(rule, self.present))
+
+    def leave(self, rows: Tensor, extra_options: dict) -> Tensor:
+        """The layer's output [rows, positions, channels], the terms of each attention joined.
+
+        The output is affine in the attention: the mean over terms scaled by their number is the output of their sum.
+        """
+        reads = extra_options.pop(READS, {})
+        further = sum(len(terms) - 1 for terms in reads.values())
+        if not further:
+            return rows
+        chunks = extra_options[CHUNKS][:-further]
+        others = iter(rows.chunk(len(chunks) + further)[-further:])
+        rows = rows[: -further * (len(rows) // (len(chunks) + further))].clone()
+        for index, (first, *rest) in reads.items():
+            where = slice_of(rows, chunks, index)
+            joined = rows[where] * _share(first, len(rest) + 1)
+            for term in rest:
+                joined = joined + next(others) * _share(term, len(rest) + 1)
+            rows[where] = joined
+        extra_options[CHUNKS] = chunks
+        extra_options["cond_or_uncond"] = extra_options["cond_or_uncond"][:-further]
+        return rows
+
+    def feature(self, block: Block, features: Tensor, chunks: list[int]) -> Tensor:
+        """Residual features of all chunks [rows, channels, h, w], the target's replaced by the source's."""
+        (rule,) = (rule for rule in self.rules if block in rule.features)
+        layer = Layer("feature", *block, 0, *features.shape[2:])
+        if self.source in chunks:
+            supplied = features[slice_of(features, chunks, self.source)]
+            if self.awaited(rule, chunks):
+                self.kept[layer] = Inputs(supplied, supplied, supplied)
+        else:
+            supplied = self.kept[layer].query.to(features)
+        features = features.clone()
+        for index in self.readers(rule, chunks):
+            features[slice_of(features, chunks, index)] = supplied
+        return features
+
+    def measure(self, query: Tensor, key: Tensor, extra_options: dict) -> None:
+        """Adds one layer's word maps. The target's are those of its edited map, the sum of A @ carry over its terms."""
+        layer = layer_of("cross", extra_options)
+        if not self.word_maps.measures(layer):
+            return
+        check_positions_kept(query.shape[1], layer.positions)
+        chunks, heads = extra_options[CHUNKS], extra_options["n_heads"]
+        of_source, of_target = self.word_maps.columns
+        size = len(query) // len(chunks)
+
+        def maps(at: int, tokens: int) -> Tensor:
+            rows = slice(at * size, (at + 1) * size)
+            check_prompt_kept(key.shape[1], tokens)
+            return token_maps(query[rows], key[rows], heads, tokens)
+
+        if self.source in chunks:
+            self.word_maps.add("source", maps(chunks.index(self.source), self.tokens[0]) @ of_source)
+        if self.target in chunks:
+            reads = extra_options.get(READS, {}).get(self.target, (None,))
+            further = [i for i, chunk in enumerate(chunks) if chunk == TERM]
+            measured = 0
+            for at, read in zip([chunks.index(self.target), *further], reads, strict=True):
+                tokens = self.tokens[1] if read is None else read.inputs.key.shape[1]
+                columns = of_target if read is None or read.carry is None else read.carry.to(of_target) @ of_target
+                measured = measured + maps(at, tokens) @ columns
+            self.word_maps.add("target", measured)
+
+    def chunk(self, rows: Inputs, chunks: list[int], index: int, kind: str) -> Inputs:
+        """One chunk's inputs, its tokens folded back to those of its own prompt."""
+        inputs = Inputs(*(t[slice_of(t, chunks, index)] for t in rows))
+        if kind == "self":
+            return inputs
+        tokens = self.tokens[0 if index == self.source else 1]
+        check_prompt_kept(inputs.key.shape[1], tokens)
+        return Inputs(inputs.query, inputs.key[:, :tokens], inputs.value[:, :tokens])
+
+
+def slice_of(tensor: Tensor, chunks: list[int], index: int) -> slice:
+    size = len(tensor) // len(chunks)
+    at = chunks.index(index)
+    return slice(at * size, (at + 1) * size)
+
+
+def _with_rows(rows: Inputs, places: dict[int, slice], terms: dict[int, list[Inputs]]) -> Inputs:
+    """`rows` with each chunk's first term in its place, and the further terms behind all rows, in order.
+
+    Token counts that differ are tiled, which leaves attention unchanged.
+    """
+    placed = [term for chunk in terms.values() for term in chunk]
+    tokens = math.lcm(rows.key.shape[1], *(term.key.shape[1] for term in placed))
+
+    def joined(name: str, length: int) -> Tensor:
+        def tiled(inputs: Inputs) -> Tensor:
+            tensor = getattr(inputs, name)
+            return tensor.repeat(1, length // tensor.shape[1], 1)
+
+        result = tiled(rows)  # a copy: the host shares these tensors between arguments
+        for index, (first, *_) in terms.items():
+            result[places[index]] = tiled(first)
+        further = [tiled(term) for _, *rest in terms.values() for term in rest]
+        return torch.cat([result, *further]) if further else result
+
+    return Inputs(joined("query", rows.query.shape[1]), joined("key", tokens), joined("value", tokens))
+
+
+def _scaled(term: Read, terms: int) -> Inputs:
+    """The inputs of one of several terms, the value scaled where they add up: `leave` takes their mean."""
+    query, key, value = term.inputs
+    return Inputs(query, key, value * terms if terms > 1 and term.weight is None else value)
+
+
+def _share(term: Read, terms: int) -> Tensor | float:
+    return 1 / terms if term.weight is None else term.weight
