@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import blend, demo, inject, inversion, maps, p2p, prompt, store, trajectory, viewer
+from . import blend, demo, guidance, inject, inversion, maps, p2p, prompt, store, trajectory, viewer
 
 NODES: list[type[io.ComfyNode]] = [
     inversion.DDIMInversion,
@@ -18,6 +18,9 @@ NODES: list[type[io.ComfyNode]] = [
     inject.MasaCtrlNode,
     blend.LocalBlendNode,
     blend.LocalBlendMask,
+    guidance.NegativePromptGuidance,
+    guidance.NegativePromptGuider,
+    guidance.ProximalGuidance,
     store.RecordAttention,
     store.SaveAttentionStore,
     store.LoadAttentionStore,

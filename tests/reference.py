@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import V_PREDICTION
 from torch import Tensor
@@ -44,6 +45,23 @@ def explicit(q: Tensor, k: Tensor) -> Tensor:
     return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
 
 
+def in_float64(model: ModelPatcher) -> tuple[UNetModel, Callable[[Tensor, Tensor, list, dict], Tensor]]:
+    """A copy of the model's UNet, and eps of sampler-space x [b, c, h, w] at a sigma for a conditioning and options."""
+    unet = pickle.loads(pickle.dumps(model.model.diffusion_model)).double()
+    unet.dtype = torch.float64
+    sampling = model.get_model_object("model_sampling")
+    table = sampling.sigmas.double()
+
+    def predict(x: Tensor, sigma: Tensor, prompt: list, options: dict) -> Tensor:
+        timestep = (table - sigma).abs().argmin()[None].double()
+        signal = (1 + sigma**2) ** -0.5  # sqrt(alpha_bar)
+        z = x * signal
+        output = unet(z, timestep, prompt[0][0].double(), transformer_options=options)
+        return signal * (output + sigma * z) if isinstance(sampling, V_PREDICTION) else output
+
+    return unet, predict
+
+
 def classic_run(
     parts: Parts,
     cfg: float,
@@ -56,8 +74,7 @@ def classic_run(
     Every row runs alone, source first, so that no context is tiled and nothing is shared but what `attend` and
     `feature` (step, role, block, residual features) keep.
     """
-    unet = pickle.loads(pickle.dumps(parts.model.model.diffusion_model)).double()
-    unet.dtype = torch.float64
+    unet, predict = in_float64(parts.model)
     step, role = 0, ""
 
     def attention(kind: str):
@@ -74,19 +91,12 @@ def classic_run(
     blocks = [(name, i) for name in ("input", "middle", "output") for i in range(12)]
     replace = {name: dict.fromkeys(blocks, attention(kind)) for name, kind in (("attn1", "self"), ("attn2", "cross"))}
     sigmas = parts.sigmas.double()
-    sampling = parts.model.get_model_object("model_sampling")
-    table = sampling.sigmas.double()
     x = parts.trajectory.states[0].double()
     for step, sigma in enumerate(sigmas[:-1]):
-        timestep = (table - sigma).abs().argmin()[None].double()
         rows = {"source": parts.trajectory.states[step].double(), "target": x, "negative": x}
         eps = {}
         for role, row in rows.items():
-            context = getattr(parts, role)[0][0].double()
-            signal = (1 + sigma**2) ** -0.5  # sqrt(alpha_bar)
-            z = row * signal
-            output = unet(z, timestep, context, transformer_options={"patches_replace": replace})
-            eps[role] = signal * (output + sigma * z) if isinstance(sampling, V_PREDICTION) else output
+            eps[role] = predict(row, sigma, getattr(parts, role), {"patches_replace": replace})
         x = x + (sigmas[step + 1] - sigma) * (eps["negative"] + cfg * (eps["target"] - eps["negative"]))
         x = after(step, x)
     return x
