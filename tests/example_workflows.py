@@ -15,6 +15,7 @@ WITHOUT_DOWNLOAD = (
     "edit-real-image",
     "local-blend",
     "masactrl-edit",
+    "negative-prompt-inversion",
     "pnp-translate",
     "several-targets",
 )
