@@ -9,7 +9,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .layer import Inputs, Layer
-from .trajectory import Format, Trajectory, read_file, write_file
+from .storage import Format
+from .trajectory import Trajectory, read_file, write_file
 
 FORMAT = Format("palimpsest.attention_store/1", "attention store", "Save Attention Store")
 

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-Parsed = TypeVar("Parsed")
-
-
-class Format(NamedTuple):
-    """A kind of file: the mark in its metadata, its name in sentences, and the node that writes it."""
-
-    id: str
-    name: str
-    writer: str
-
+from .conditioning import packed, unpacked
+from .storage import Format, Parsed, read, write
 
 FORMAT = Format("palimpsest.trajectory/1", "trajectory", "Save Trajectory")
 
@@ -85,31 +74,11 @@ def write_file(path: Path, kind: Format, trajectory: Trajectory, tensors: dict, 
 
     Raises ValueError for conditionings that hold more than tensors and numbers.
     """
-    tensors = tensors | {
-        "states": trajectory.states,
-        "sigmas": trajectory.sigmas,
-        "model.weights": trajectory.model.weights,
-    }
-    values: list[dict] = []
-    for i, (embedding, options) in enumerate(trajectory.conditioning):
-        tensors[f"conditioning.{i}.embedding"] = embedding
-        kept = {key: value for key, value in options.items() if value is not None}
-        tensors |= {f"conditioning.{i}.{k}": v for k, v in kept.items() if isinstance(v, Tensor)}
-        values.append({k: v for k, v in kept.items() if isinstance(v, str | int | float | bool)})
-        if lost := [k for k, v in kept.items() if not isinstance(v, Tensor | str | int | float | bool)]:
-            raise ValueError(
-                f"The trajectory's source conditioning holds '{lost[0]}', which a file cannot: "
-                f"invert without it, or keep the {kind.name} in the workflow instead of {kind.writer}."
-            )
-    metadata = metadata | {
-        "format": kind.id,
-        "model": trajectory.model.name,
-        "prediction": trajectory.model.prediction,
-        "conditioning": json.dumps(values),
-    }
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
-    partial.replace(path)
+    advice = f"invert without it, or keep the {kind.name} in the workflow instead of {kind.writer}."
+    source, values = packed(trajectory.conditioning, "The trajectory's source conditioning", advice)
+    model = {"model": trajectory.model.name, "prediction": trajectory.model.prediction}
+    own = {"states": trajectory.states, "sigmas": trajectory.sigmas, "model.weights": trajectory.model.weights}
+    write(path, kind, tensors | own | source, metadata | model | values)
 
 
 def read_file(path: Path, kind: Format, parse: Callable[[Trajectory, dict, dict], Parsed]) -> Parsed:
@@ -117,31 +86,12 @@ def read_file(path: Path, kind: Format, parse: Callable[[Trajectory, dict, dict]
 
     Raises ValueError, naming the file, where it is damaged or something else.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            # Copies: a tensor that maps the file would crash the host once the file is written anew.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"'{path.name}' is not a readable safetensors file: {error}.") from error
-    if metadata.get("format") != kind.id:
-        raise ValueError(f"'{path.name}' is no {kind.name}: choose a file written by {kind.writer}.")
-    try:
-        return parse(_read_trajectory(tensors, metadata), tensors, metadata)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"'{path.name}' is a damaged {kind.name}: {error} is missing or wrong.") from error
-    except ValueError as error:
-        raise ValueError(f"'{path.name}' is a damaged {kind.name}: {error}.") from error
+    return read(path, kind, lambda tensors, metadata: parse(_read_trajectory(tensors, metadata), tensors, metadata))
 
 
 def _read_trajectory(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Trajectory:
-    conditioning = []
-    for i, options in enumerate(json.loads(metadata["conditioning"])):
-        prefix = f"conditioning.{i}."
-        named = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        conditioning.append([named.pop("embedding"), options | named])
     model = ModelIdentity(metadata["model"], metadata["prediction"], tensors["model.weights"])
-    trajectory = Trajectory(tensors["states"], tensors["sigmas"], conditioning, model)
+    trajectory = Trajectory(tensors["states"], tensors["sigmas"], unpacked(tensors, metadata), model)
     if trajectory.states.ndim != 5 or len(trajectory.states) != len(trajectory.sigmas):
         raise ValueError("its states do not fit its sigmas")
     if not (trajectory.sigmas.diff() < 0).all():

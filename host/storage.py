@@ -1,0 +1,52 @@
+"""Files of the pack: safetensors with a mark that tells their kind. Pure torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+Parsed = TypeVar("Parsed")
+
+
+class Format(NamedTuple):
+    """A kind of file: the mark in its metadata, its name in sentences, and the node that writes it."""
+
+    id: str
+    name: str
+    writer: str
+
+
+def write(path: Path, kind: Format, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file of this kind, which appears once it is whole."""
+    partial = path.with_suffix(".partial")
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, partial, metadata | {"format": kind.id})
+    partial.replace(path)
+
+
+def read(path: Path, kind: Format, parse: Callable[[dict[str, Tensor], dict[str, str]], Parsed]) -> Parsed:
+    """What `parse` makes of the tensors and the metadata of a file that `write` wrote.
+
+    Raises ValueError, naming the file, where it is damaged or something else.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            # Copies: a tensor that maps the file would crash the host once the file is written anew.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"'{path.name}' is not a readable safetensors file: {error}.") from error
+    if metadata.get("format") != kind.id:
+        raise ValueError(f"'{path.name}' is no {kind.name}: choose a file written by {kind.writer}.")
+    try:
+        return parse(tensors, metadata)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"'{path.name}' is a damaged {kind.name}: {error} is missing or wrong.") from error
+    except ValueError as error:
+        raise ValueError(f"'{path.name}' is a damaged {kind.name}: {error}.") from error
