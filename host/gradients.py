@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from comfy.controlnet import ControlBase
 from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.model_patcher import ModelPatcher
@@ -63,9 +64,35 @@ def _differentiable_call(
         t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in (x, timesteps, context, y)
     )
     options = {**transformer_options, "optimized_attention_override": _with_backward}
+    if control is not None and "output" in control:
+        control, options = _added_later(control, options)
     return executor(x, timesteps, context, y, control, options, **kwargs)
+
+
+def _added_later(control: dict, options: dict) -> tuple[dict, dict]:
+    """A ControlNet's part in the skip connections as a patch: the host would write into what autograd has saved."""
+    parts = list(control["output"])
+
+    def add(h: Tensor, skip: Tensor, options: dict) -> tuple[Tensor, Tensor]:
+        part = parts.pop() if parts else None
+        return h, skip if part is None else skip + part
+
+    patches = options.get("patches", {})
+    patches = {**patches, "output_block_patch": [add, *patches.get("output_block_patch", [])]}
+    return {**control, "output": []}, {**options, "patches": patches}
 
 
 def _with_backward(function: Callable, *args, **kwargs) -> Tensor:
     """torch's attention in place of the host's choice, which may be a kernel without a gradient."""
     return attention_pytorch(*args, **kwargs)
+
+
+class Constant:
+    """A ControlNet whose answer is a constant to autograd: gradients neither reach its weights nor pass through it."""
+
+    def __init__(self, control: ControlBase) -> None:
+        self.control = control
+
+    def get_control(self, *args) -> dict:
+        with torch.no_grad():
+            return self.control.get_control(*args)

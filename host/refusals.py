@@ -93,14 +93,35 @@ def check_unguided(model: ModelPatcher) -> None:
         )
 
 
+def check_one_gpu(model: ModelPatcher) -> None:
+    """Raises ValueError for models that the host spreads over several GPUs."""
+    if model.get_additional_models_with_key("multigpu"):
+        raise ValueError("Palimpsest's edits run on one GPU: remove the MultiGPU node from this MODEL.")
+
+
+def check_plain(conditioning: list, name: str, like: Tensor) -> None:
+    """Raises ValueError where a conditioning is not one plain prompt as wide as the embedding `like`."""
+    if len(conditioning) != 1:
+        raise ValueError(
+            f"{name} has {len(conditioning)} entries: connect one plain prompt, not combined conditionings."
+        )
+    ((embedding, options),) = conditioning
+    if found := [key for key in ("hooks", "area", "mask", *RANGES) if options.get(key) is not None]:
+        raise ValueError(f"{name} carries '{found[0]}': connect a plain prompt, straight from CLIP Text Encode.")
+    if embedding.shape[-1] != like.shape[-1]:
+        raise ValueError(
+            f"{name} has embeddings of {embedding.shape[-1]} channels but the source prompt has {like.shape[-1]}: "
+            "encode both with the CLIP that belongs to the MODEL."
+        )
+
+
 def check_run(
     trajectory: Trajectory, guider: CFGGuider, noise: Tensor, sampler: Sampler, sigmas: Tensor, denoise_mask
 ) -> None:
     """Raises ValueError for a sampling run that cannot follow `trajectory`."""
     check_deterministic(sampler)
     _check_conditionings(guider)
-    if guider.model_patcher.get_additional_models_with_key("multigpu"):
-        raise ValueError("Palimpsest's edits run on one GPU: remove the MultiGPU node from this MODEL.")
+    check_one_gpu(guider.model_patcher)
     if denoise_mask is not None:
         raise ValueError(
             "The latent to edit carries a noise mask, outside which it would stay noise: remove Set Latent Noise Mask."

@@ -72,10 +72,7 @@ def invert(model: ModelPatcher, guidance: Guidance, samples: Tensor, sigmas: Ten
 
     Raises ValueError for models, latents and settings that cannot be inverted.
     """
-    if KEY in model.model_options["transformer_options"]:
-        raise ValueError(
-            "DDIM Inversion was given a MODEL that is already edited: connect the MODEL from before the edit nodes."
-        )
+    check_unedited(model, "DDIM Inversion")
     check_unguided(model)
     check_latent(model, samples)
     if guidance.cfg != 1 and guidance.negative is None:
@@ -83,8 +80,16 @@ def invert(model: ModelPatcher, guidance: Guidance, samples: Tensor, sigmas: Ten
             f"DDIM Inversion at cfg {guidance.cfg:g} needs the negative input: connect it, or set cfg to 1."
         )
     sampler = InversionSampler(prediction_type(model))
-    _sample(model, guidance, sampler, sigmas.flip(0), torch.zeros_like(samples), samples, seed=0)
+    run(model, guidance, sampler, sigmas.flip(0), torch.zeros_like(samples), samples, seed=0)
     return _trajectory(model, guidance, sampler.states[::-1], sigmas)
+
+
+def check_unedited(model: ModelPatcher, node: str) -> None:
+    """Raises ValueError for models that an edit node patched."""
+    if KEY in model.model_options["transformer_options"]:
+        raise ValueError(
+            f"{node} was given a MODEL that is already edited: connect the MODEL from before the edit nodes."
+        )
 
 
 def record(
@@ -112,16 +117,17 @@ def record(
 
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, keep)
-    result = _sample(model, guidance, sampler, sigmas, noise, samples, seed)
+    result = run(model, guidance, sampler, sigmas, noise, samples, seed)
     states[len(sigmas) - 1] = model.model.process_latent_in(result).to("cpu", torch.float32)
     if len(states) < len(sigmas):
         raise ValueError("The sampler did not visit every sigma of its schedule: choose euler, ddim or dpmpp_2m.")
     return _trajectory(model, guidance, [states[i] for i in range(len(sigmas))], sigmas), result
 
 
-def _sample(
+def run(
     model: ModelPatcher, guidance: Guidance, sampler: Sampler, sigmas: Tensor, noise: Tensor, samples: Tensor, seed: int
 ) -> Tensor:
+    """The host's sampling with progress and preview. Raises ValueError where it ends in NaN or infinite values."""
     callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
     guider = guidance.guider(model)
     quiet = not comfy.utils.PROGRESS_BAR_ENABLED

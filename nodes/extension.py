@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import blend, demo, guidance, inject, inversion, maps, p2p, prompt, store, trajectory, viewer
+from . import (
+    blend,
+    conditioning,
+    demo,
+    guidance,
+    inject,
+    inversion,
+    maps,
+    null_text,
+    p2p,
+    prompt,
+    store,
+    trajectory,
+    viewer,
+)
 
 NODES: list[type[io.ComfyNode]] = [
     inversion.DDIMInversion,
     inversion.RecordTrajectory,
     trajectory.SaveTrajectory,
     trajectory.LoadTrajectory,
+    null_text.NullTextInversion,
+    conditioning.SaveConditioning,
+    conditioning.LoadConditioning,
     prompt.PromptEdit,
     prompt.BatchPromptEdits,
     p2p.P2PAttentionController,

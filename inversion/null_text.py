@@ -1,0 +1,199 @@
+"""Null-text inversion (arXiv 2211.09794, section 3.3 and algorithm 1): negatives that make guided sampling reconstruct.
+
+Sampling starts at the noise of a DDIM inversion at guidance 1, whose states z*_t are the pivot, and goes down at the
+guidance of the edit. At each step Adam fits the negative's embedding, nothing else, to min ||z*_{t-1} - z_{t-1}||^2.
+The next step begins with the negative that this one found, at the z_{t-1} that it led to. Begun with the source prompt
+in place of the empty one, the first guess is negative-prompt inversion (arXiv 2305.16807).
+
+The host's sampler space is x = z sqrt(1 + sigma^2), where a DDIM step is an Euler step in sigma; losses are those of z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from comfy.conds import CONDCrossAttn
+from comfy.model_patcher import ModelPatcher
+from comfy.samplers import Sampler, calc_cond_batch
+from comfy.utils import repeat_to_batch_size
+from torch import Tensor
+
+from ..host.gradients import Constant, differentiable, gradients
+from ..host.refusals import check_one_gpu, check_plain, check_same_model, check_source, check_unet, check_unguided
+from ..host.timed import timed
+from ..host.trajectory import Trajectory
+from ..host.unfinished import Unfinished
+from .run import Guidance, check_unedited, run
+
+NODE = "Null Text Inversion"
+MOST_STEPS = 100  # where the paper's learning rate ends
+
+
+class Settings(NamedTuple):
+    """The paper's, with its numbers as defaults."""
+
+    cfg: float = 7.5
+    inner_steps: int = 10
+    learning_rate: float = 0.01
+    early_stop: float = 1e-5
+
+    def rate(self, step: int) -> float:
+        return self.learning_rate * (1 - step / MOST_STEPS)
+
+    def enough(self, step: int) -> float:
+        """The loss below which a step is left as it is."""
+        return self.early_stop + 2e-5 * step
+
+
+def fit(
+    embedding: Tensor,
+    reach: Callable[[Tensor], Tensor],
+    pivot: Tensor,
+    signal: float,
+    rate: float,
+    enough: float,
+    inner_steps: int,
+) -> tuple[Tensor, Tensor]:
+    """Adam on one step's negative: the embedding [b, tokens, channels] found, and the x [b, c, h, w] it reaches.
+
+    `reach(embedding)` is the sampler's next x and `pivot` where it should be; times `signal`, sqrt(alpha_bar), both are
+    z. Every image of the batch has its own loss and stops by itself, before an update that it does not need.
+    """
+    embedding = embedding.clone().requires_grad_()
+    adam = torch.optim.Adam([embedding], rate)
+    for _ in range(inner_steps):
+        x = reach(embedding)
+        losses = ((x - pivot) * signal).square().flatten(1).mean(1)
+        going_on = losses >= enough
+        if not going_on.any():
+            return embedding.detach(), x.detach()
+        (embedding.grad,) = torch.autograd.grad(losses.sum(), embedding)
+        before = embedding.detach().clone()
+        adam.step()
+        with torch.no_grad():
+            embedding.copy_(torch.where(going_on[:, None, None], embedding, before))
+    with torch.no_grad():
+        return embedding.detach(), reach(embedding)
+
+
+class NullTextSampler(Sampler):
+    """Goes down the pivot's sigmas and keeps the negative and the state of every step. Made anew for each run."""
+
+    def __init__(self, pivot: Trajectory, start: Tensor, settings: Settings) -> None:
+        self.pivot, self.start, self.settings = pivot, start, settings
+        self.negatives: list[Tensor] = []
+        self.states = [pivot.states[0]]
+
+    def sample(
+        self,
+        model_wrap,
+        sigmas: Tensor,
+        extra_args: dict,
+        callback,
+        noise: Tensor,
+        latent_image: Tensor,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        unfinished = self._unfinished(model_wrap, extra_args, noise)
+        if kept := unfinished.load():
+            self.negatives, self.states = [*kept["negatives"]], [*kept["states"]]
+        try:
+            while len(self.negatives) < self.pivot.steps:
+                embedding, x = self._step(model_wrap, extra_args["model_options"], callback, noise)
+                self.negatives.append(embedding.to("cpu", torch.float32))
+                self.states.append(x.to("cpu", torch.float32))
+        finally:  # an interrupt too keeps what is done
+            if len(self.negatives) == self.pivot.steps:
+                unfinished.remove()
+            elif self.negatives:
+                unfinished.save({"negatives": torch.stack(self.negatives), "states": torch.stack(self.states)})
+        return self.states[-1].to(noise)
+
+    def _step(self, model_wrap, model_options: dict, callback, like: Tensor) -> tuple[Tensor, Tensor]:
+        i, settings = len(self.negatives), self.settings
+        sigma, sigma_next = self.pivot.sigmas[i : i + 2].tolist()
+        x, pivot = (states.to(like, copy=True) for states in (self.states[i], self.pivot.states[i + 1]))
+        positive, negative = (model_wrap.conds[name][0] for name in ("positive", "negative"))
+        if "control" in negative:
+            negative = {**negative, "control": Constant(negative["control"])}
+
+        def denoise(cond: dict) -> Tensor:
+            timestep = x.new_full((len(x),), sigma)
+            return calc_cond_batch(model_wrap.inner_model, [[cond]], x, timestep, model_options)[0]
+
+        with torch.no_grad():
+            conditional = denoise(positive)
+        calls = 0
+
+        def reach(embedding: Tensor) -> Tensor:
+            nonlocal calls
+            unconditional = denoise(_with_embedding(negative, embedding))
+            denoised = unconditional + (conditional - unconditional) * settings.cfg
+            if callback is not None:
+                each = settings.inner_steps + 1
+                callback(i * each + calls, denoised.detach(), x, self.pivot.steps * each)
+            calls += 1
+            return x + (x - denoised) / sigma * (sigma_next - sigma)
+
+        start = (self.negatives[-1] if self.negatives else self.start).to(like, copy=True)
+        signal = (1 + sigma_next**2) ** -0.5
+        return fit(start, reach, pivot, signal, settings.rate(i), settings.enough(i), settings.inner_steps)
+
+    def _unfinished(self, model_wrap, extra_args: dict, like: Tensor) -> Unfinished:
+        """Known by the inputs, and by what the model, with all that patches it and its prompts, first answers."""
+        x = self.states[0].to(like, copy=True)
+        with torch.no_grad():
+            answer = model_wrap(x, x.new_full((len(x),), float(self.pivot.sigmas[0])), **extra_args)
+        return Unfinished("null-text", self.settings, self.pivot.states, self.pivot.sigmas, self.start, answer)
+
+
+def null_text(
+    model: ModelPatcher, pivot: Trajectory, start: list, settings: Settings, checkpointing: bool
+) -> tuple[list, Trajectory]:
+    """The negatives, one a step, as a CONDITIONING that is begun with `start`'s; and the trajectory they lead along.
+
+    Raises ValueError for models, trajectories and settings that this does not fit.
+    """
+    check_unedited(model, NODE)
+    check_unguided(model)
+    check_unet(model)
+    check_one_gpu(model)
+    check_same_model(model, pivot)
+    check_source(pivot.conditioning)
+    check_plain(start, f"The empty prompt of {NODE}", pivot.conditioning[0][0])
+    if settings.cfg == 1:
+        raise ValueError(f"{NODE} at cfg 1 has nothing to optimise, as the negative is not used: set the edit's cfg.")
+    if pivot.steps > MOST_STEPS:
+        raise ValueError(
+            f"{NODE} follows the paper's learning rate, which ends at step {MOST_STEPS}, but the trajectory has "
+            f"{pivot.steps} steps: invert with at most {MOST_STEPS}."
+        )
+    ((embedding, options),), ((_, source),) = start, pivot.conditioning
+    if source.get("gligen") is not None:
+        raise ValueError(f"{NODE} cannot work through GLIGEN: invert with a source prompt that has none.")
+    if source.get("control_apply_to_uncond"):
+        options = {"control": source["control"], **options}  # the host would give it to the first negative only
+    embedding = repeat_to_batch_size(embedding.to("cpu", torch.float32), pivot.states.shape[1])
+    sampler = NullTextSampler(pivot, embedding, settings)
+    with gradients():
+        working = differentiable(model, checkpointing)
+        if working.model.get_dtype_inference() != torch.float32:
+            working.set_model_compute_dtype(torch.float32)  # gradients of 1e-5 are lost in half precision
+        nothing = torch.zeros(pivot.states.shape[1:])
+        run(working, Guidance(pivot.conditioning, start, settings.cfg), sampler, pivot.sigmas, nothing, nothing, seed=0)
+    percent_to_sigma = model.get_model_object("model_sampling").percent_to_sigma
+    negative = timed(torch.stack(sampler.negatives), options, pivot.sigmas, percent_to_sigma)
+    return negative, pivot._replace(states=torch.stack(sampler.states))
+
+
+def distances(trajectory: Trajectory, pivot: Trajectory) -> Tensor:
+    """[b, n + 1]: root mean square of z - z* at every sigma."""
+    signal = (1 + pivot.sigmas**2).rsqrt()[:, None]
+    return ((trajectory.states - pivot.states).square().flatten(2).mean(2).sqrt() * signal).T
+
+
+def _with_embedding(cond: dict, embedding: Tensor) -> dict:
+    return {**cond, "model_conds": {**cond["model_conds"], "c_crossattn": CONDCrossAttn(embedding)}}

@@ -1,0 +1,420 @@
+"""Null-text inversion: against the algorithm written out in float64, and what its negatives are worth in the host."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import comfy.model_management
+import comfy.samplers
+import comfy.utils
+import folder_paths
+import pytest
+import torch
+from comfy.model_base import ModelType
+from comfy.model_management import InterruptProcessingException
+from comfy.model_patcher import ModelPatcher
+from comfy.model_sampling import V_PREDICTION
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor, nn
+
+from palimpsest.benchmarks.edits import encode
+from palimpsest.benchmarks.picture import sample
+from palimpsest.demo import scenes
+from palimpsest.host.gradients import differentiable, gradients
+from palimpsest.host.model import noise_latent
+from palimpsest.host.source import attach
+from palimpsest.host.timed import timed
+from palimpsest.inversion.ddim import leading_sigmas
+from palimpsest.inversion.null_text import Settings, distances, null_text
+from palimpsest.inversion.run import Guidance, invert
+from palimpsest.nodes.inversion import LEADING
+from palimpsest.nodes.null_text import EMPTY, SOURCE, NullTextInversion
+from test_composition import controlnet
+from test_source import swap
+from tiny import Tiny, conditioning, execute, rows_of, tiny_model
+
+EPS, V = ModelType.EPS, ModelType.V_PREDICTION
+QUICK = Settings(inner_steps=2)
+EACH = 1 + QUICK.inner_steps + 1  # evaluations of a step
+
+
+@pytest.fixture(autouse=True)
+def temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
+    return tmp_path / "palimpsest"
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def embeddings(negative: list) -> Tensor:
+    return torch.stack([embedding for embedding, _ in negative])
+
+
+# --- the algorithm ---------------------------------------------------------------------------------------------------
+
+
+def network(model: ModelPatcher) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """eps(x, sigma, context) of a float64 copy, for x in sampler space."""
+    unet: nn.Module = pickle.loads(pickle.dumps(model.model.diffusion_model)).double()
+    unet.dtype = torch.float64
+    sampling = model.get_model_object("model_sampling")
+    table = sampling.sigmas.double().clone()
+
+    def eps(x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+        timestep = (table - sigma).abs().argmin()[None].double()
+        signal = (1 + sigma**2) ** -0.5
+        output = unet(x * signal, timestep, context)
+        return signal * (output + sigma * x * signal) if isinstance(sampling, V_PREDICTION) else output
+
+    return eps
+
+
+def written_out(tiny: Tiny, start: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Algorithm 1 in z for one image in float64, with Adam by hand: negatives and states as x."""
+    with gradients():
+        eps = network(tiny.model)
+        sigmas, pivot = tiny.sigmas.double().clone(), tiny.trajectory.states.double().clone()
+        source, null = tiny.source[0][0].double().clone(), start.double().clone()
+        signal = (1 + sigmas**2) ** -0.5
+        z = pivot[0] * signal[0]
+        negatives, states = [], [pivot[0]]
+        for i in range(len(sigmas) - 1):
+            conditional = eps(z / signal[i], sigmas[i], source).detach()
+
+            def stepped(null: Tensor, i: int = i, z: Tensor = z, conditional: Tensor = conditional) -> Tensor:
+                unconditional = eps(z / signal[i], sigmas[i], null)
+                e = unconditional + settings.cfg * (conditional - unconditional)
+                noise, noise_next = sigmas[i] * signal[i], sigmas[i + 1] * signal[i + 1]
+                return signal[i + 1] / signal[i] * (z - noise * e) + noise_next * e
+
+            first, second = torch.zeros_like(null), torch.zeros_like(null)
+            for j in range(1, settings.inner_steps + 1):
+                null.requires_grad_()
+                loss = ((stepped(null) - pivot[i + 1] * signal[i + 1]) ** 2).mean()
+                if loss < settings.early_stop + 2e-5 * i:
+                    break
+                (grad,) = torch.autograd.grad(loss, null)
+                first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
+                rate = settings.learning_rate * (1 - i / 100)
+                null = null.detach() - rate * first / (1 - 0.9**j) / ((second / (1 - 0.999**j)).sqrt() + 1e-8)
+            null = null.detach()
+            z = stepped(null).detach()
+            negatives.append(null)
+            states.append(z / signal[i + 1])
+        return torch.stack(negatives), torch.stack(states)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", [EPS, V])
+def test_gradients_are_those_of_finite_differences(kind: ModelType, checkpointing: bool) -> None:
+    """Along random directions, the host's fp32 network against a float64 copy."""
+    model, sigma, where = tiny_model(kind), 3.0, conditioning(1)[0][0]
+    generator = torch.Generator().manual_seed(5)
+    x, weight = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
+    with gradients():
+        working = differentiable(model, checkpointing)
+        comfy.model_management.load_models_gpu([working])
+        embedding = where.clone().requires_grad_()
+        at, level = x.clone(), torch.tensor([sigma])
+        denoised = working.model.apply_model(at, level, c_crossattn=embedding, transformer_options={})
+        (gradient,) = torch.autograd.grad((denoised * weight.clone()).sum(), embedding)
+    comfy.model_management.load_models_gpu([model])
+    eps, level = network(model), torch.tensor(sigma).double()
+
+    def value(embedding: Tensor) -> Tensor:
+        return ((x - sigma * eps(x.double(), level, embedding)) * weight).sum()
+
+    for _ in range(3):
+        direction = torch.randn(where.shape, generator=generator).double()
+        difference = (value(where + 1e-5 * direction) - value(where - 1e-5 * direction)) / 2e-5
+        assert float((gradient * direction).sum()) == pytest.approx(float(difference), rel=1e-3)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "early_stop"),  # never, and in the first step
+    [(EPS, 0.0), (EPS, 2.5), (V, 0.0), (V, 0.13)],
+)
+def test_the_optimisation_is_the_papers(kind: ModelType, checkpointing: bool, early_stop: float) -> None:
+    tiny = Tiny(steps=4, model=tiny_model(kind))
+    settings = Settings(inner_steps=4, early_stop=early_stop)
+    negative, found = null_text(tiny.model, tiny.trajectory, tiny.negative, settings, checkpointing)
+    negatives, states = written_out(tiny, tiny.negative[0][0], settings)
+    start = tiny.negative[0][0]
+    assert relative(found.states, states) < 1e-3
+    assert relative(embeddings(negative) - start, negatives - start) < 1e-2
+    assert relative(states, tiny.trajectory.states) > 0.01
+
+
+def test_each_image_of_a_batch_is_fitted_by_itself() -> None:
+    """At an early_stop that the images reach after different numbers of updates."""
+    tiny = Tiny(steps=3, batch=2)
+    settings = Settings(inner_steps=6, early_stop=3.0)
+    updates = []
+    negative, found = null_text(tiny.model, tiny.trajectory, tiny.negative, settings, True)
+    for image in range(2):
+        pivot = tiny.trajectory._replace(states=tiny.trajectory.states[:, image : image + 1])
+        counted, rows = rows_of(tiny.model)
+        alone, path = null_text(counted, pivot, tiny.negative, settings, True)
+        updates.append(len(rows))
+        assert relative(found.states[:, image], path.states[:, 0]) < 1e-3
+        assert relative(embeddings(negative)[:, image], embeddings(alone)[:, 0]) < 1e-3
+    assert updates[0] != updates[1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_evaluations(tiny: Tiny, checkpointing: bool) -> None:
+    """Two rows tell an unfinished run; then a step is the source, the updates, and the last look, a row each."""
+    counted, rows = rows_of(tiny.model)
+    null_text(counted, tiny.trajectory, tiny.negative, QUICK, checkpointing)
+    assert rows == [2] + tiny.steps * [1] * EACH
+
+
+def test_a_step_that_is_good_enough_is_left_as_it_is(tiny: Tiny) -> None:
+    counted, rows = rows_of(tiny.model)
+    settings = QUICK._replace(early_stop=1e9)
+    negative, found = null_text(counted, tiny.trajectory, tiny.negative, settings, True)
+    assert rows == [2] + tiny.steps * [1] * 2
+    assert all(torch.equal(embedding, tiny.negative[0][0]) for embedding, _ in negative)
+    plain = tiny.sample(tiny.model, tiny.source, tiny.negative, cfg=settings.cfg)
+    assert relative(tiny.model.model.process_latent_out(found.states[-1]), plain) < 1e-4
+
+
+# --- in the host -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", ["negative", "source"])
+def test_stock_sampling_with_the_negatives_is_the_reconstruction(start: str) -> None:
+    """And it comes closer to the images, here two, than a plain negative does."""
+    tiny = Tiny(batch=2)
+    negative, found = null_text(
+        tiny.model, tiny.trajectory, getattr(tiny, start), Settings(inner_steps=5, learning_rate=0.02), True
+    )
+    out = tiny.model.model.process_latent_out
+    assert [len(embedding) for embedding, _ in negative] == [2] * tiny.steps
+    ours, plain = (tiny.sample(tiny.model, tiny.source, each, cfg=7.5) for each in (negative, tiny.negative))
+    assert relative(ours, out(found.states[-1])) < 1e-4
+    for image in range(2):
+        assert relative(ours[image], tiny.image[image]) < 0.9 * relative(plain[image], tiny.image[image])
+
+
+@pytest.mark.parametrize(("start_from", "share"), [(EMPTY, 0.8), (SOURCE, 0.5)])
+def test_the_demo_model_reconstructs_a_scene_at_the_papers_guidance(demo: tuple, start_from: str, share: float) -> None:
+    """Through the node, in 5 steps of few updates: this share of the error of an empty negative, or less."""
+    model, clip, vae = demo
+    caption = "a red circle on a striped green background"
+    image = vae.encode(torch.from_numpy(scenes.render(scenes.parse(caption, 3)))[None])
+    source, empty = ([encode(clip, [text])] for text in (caption, ""))
+    sigmas = leading_sigmas(model.get_model_object("model_sampling").sigmas, 5)
+    pivot = invert(model, Guidance(source, None, 1.0), image, sigmas)
+    negative, found, plot = execute(
+        NullTextInversion, model=model, trajectory=pivot, empty=empty, start_from=start_from, inner_steps=6
+    )
+    noise = noise_latent(model, pivot)
+    ours, plain = (sample(model, Guidance(source, each, 7.5), noise, sigmas) for each in (negative, empty))
+    assert relative(ours, model.model.process_latent_out(found.states[-1])) < 1e-5
+    assert relative(ours, image) < share * relative(plain, image)
+    assert plot.shape[0] == 1
+    assert plot.shape[3] == 3
+
+
+@pytest.mark.parametrize("schedule", [LEADING, *comfy.samplers.SCHEDULER_NAMES])
+@pytest.mark.parametrize("steps", [2, 5, 30, 50, 100])
+def test_one_negative_is_active_at_every_sigma(schedule: str, steps: int) -> None:
+    sampling = tiny_model().get_model_object("model_sampling")
+    if schedule == LEADING:
+        sigmas = leading_sigmas(sampling.sigmas, steps)
+    else:
+        sigmas = comfy.samplers.calculate_sigmas(sampling, schedule, steps)
+    count = len(sigmas) - 1
+    conds = [options for _, options in timed(torch.zeros(count, 1, 1, 1), {}, sigmas, sampling.percent_to_sigma)]
+    ranges = [
+        (sampling.percent_to_sigma(c["start_percent"]), sampling.percent_to_sigma(c["end_percent"])) for c in conds
+    ]
+    for i, sigma in enumerate(sigmas[:-1].tolist()):
+        for shifted in (sigma * (1 - 1e-4), sigma, sigma * (1 + 1e-4)):  # a trajectory's own tolerance
+            assert [j for j, (start, end) in enumerate(ranges) if end <= shifted <= start] == [i]
+
+
+def test_all_that_the_prompt_carries_is_kept(tiny: Tiny) -> None:
+    pooled = torch.randn(1, 8)
+    empty = [[tiny.negative[0][0], {"pooled_output": pooled, "width": 64}]]
+    negative, _ = null_text(tiny.model, tiny.trajectory, empty, QUICK, True)
+    assert all(options["pooled_output"] is pooled and options["width"] == 64 for _, options in negative)
+    assert (negative[0][1]["start_percent"], negative[-1][1]["end_percent"]) == (0.0, 1.0)
+
+
+def test_an_edit_takes_both_outputs(tiny: Tiny) -> None:
+    """A word swap that swaps nothing is the reconstruction, at three rows a step."""
+    negative, found = null_text(tiny.model, tiny.trajectory, tiny.negative, QUICK, True)
+    counted, rows = rows_of(attach(tiny.model, found, swap(target=tiny.source[0][0])))
+    edited = tiny.sample(counted, tiny.source, negative, cfg=QUICK.cfg)
+    assert rows == [3] * tiny.steps
+    assert relative(edited, tiny.model.model.process_latent_out(found.states[-1])) < 1e-4
+
+
+def digest(model: ModelPatcher) -> str:
+    found = hashlib.sha256()
+    for name, tensor in model.model.state_dict().items():
+        found.update(name.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_model_is_as_it_was(dtype: torch.dtype) -> None:
+    """Also one whose weights are in half precision, while gradients are taken in full."""
+    tiny = Tiny(model=tiny_model())
+    tiny.model.model.diffusion_model.to(dtype).dtype = dtype
+    before, plain = digest(tiny.model), tiny.sample(tiny.model)
+    seen = []
+
+    def watch(executor, x: Tensor, *args, **kwargs):
+        seen.append(x.dtype)
+        return executor(x, *args, **kwargs)
+
+    watched = tiny.model.clone()
+    watched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", watch)
+    null_text(watched, tiny.trajectory, tiny.negative, QUICK, True)
+    assert set(seen) == {torch.float32}
+    assert torch.equal(tiny.sample(tiny.model), plain)
+    assert digest(tiny.model) == before
+    assert not any(parameter.requires_grad for parameter in tiny.model.model.parameters())
+
+
+def test_a_lora_on_the_model_counts(tiny: Tiny) -> None:
+    name = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    patched = tiny.model.clone()
+    patched.add_patches({name: ("diff", (torch.randn(64, 64),))})
+    pivot = invert(patched, Guidance(tiny.source, None, 1.0), tiny.image, tiny.sigmas)
+    negative, found = null_text(patched, pivot, tiny.negative, QUICK, True)
+    noise, out = tiny.model.model.process_latent_out(pivot.states[0]), tiny.model.model.process_latent_out
+    with_it, without = (tiny.sample(m, tiny.source, negative, cfg=7.5, noise=noise) for m in (patched, tiny.model))
+    assert relative(with_it, out(found.states[-1])) < 1e-4
+    assert relative(without, out(found.states[-1])) > 1e-2
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_controlnet_of_the_source_counts(tiny: Tiny, everywhere: bool) -> None:
+    control, calls = controlnet()
+    source = [[tiny.source[0][0], {"control": control, "control_apply_to_uncond": everywhere}]]
+    pivot = invert(tiny.model, Guidance(source, None, 1.0), tiny.image, tiny.sigmas)
+    calls.clear()
+    negative, found = null_text(tiny.model, pivot, tiny.negative, QUICK, True)
+    assert len(calls) == 1 + tiny.steps * (EACH if everywhere else 1)
+    noise, out = tiny.model.model.process_latent_out(pivot.states[0]), tiny.model.model.process_latent_out
+    again = tiny.sample(tiny.model, source, negative, cfg=7.5, noise=noise)
+    assert relative(again, out(found.states[-1])) < 1e-4
+
+
+# --- interrupts ------------------------------------------------------------------------------------------------------
+
+
+def stopping(model: ModelPatcher, after: int) -> ModelPatcher:
+    """A clone that is interrupted in the UNet call after so many."""
+    calls = iter(range(1 << 20))
+
+    def stop(executor, *args, **kwargs):
+        if next(calls) == after:
+            raise InterruptProcessingException
+        return executor(*args, **kwargs)
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test.stop", stop)
+    return model
+
+
+@pytest.fixture
+def interrupted(temp: Path) -> Tiny:
+    """In the third of its four steps."""
+    tiny = Tiny(steps=4)
+    with pytest.raises(InterruptProcessingException):
+        null_text(stopping(tiny.model, 1 + 2 * EACH + 2), tiny.trajectory, tiny.negative, QUICK, True)
+    assert len(list(temp.iterdir())) == 1
+    return tiny
+
+
+def test_a_run_goes_on_where_it_was_interrupted(interrupted: Tiny, temp: Path) -> None:
+    tiny = interrupted
+    counted, rows = rows_of(tiny.model)
+    resumed = null_text(counted, tiny.trajectory, tiny.negative, QUICK, True)
+    assert len(rows) == 1 + (tiny.steps - 2) * EACH
+    assert not list(temp.iterdir())
+    rows.clear()
+    whole = null_text(counted, tiny.trajectory, tiny.negative, QUICK, True)
+    assert len(rows) == 1 + tiny.steps * EACH
+    assert torch.equal(embeddings(resumed[0]), embeddings(whole[0]))
+    assert torch.equal(resumed[1].states, whole[1].states)
+    assert not list(temp.iterdir())
+
+
+def test_a_run_of_other_inputs_begins_anew(interrupted: Tiny) -> None:
+    tiny = interrupted
+    whole = 1 + tiny.steps * EACH
+    patched = tiny.model.clone()
+    patched.set_model_attn2_patch(lambda q, k, v, extra_options: (q, k, 1.001 * v))
+    moved = tiny.trajectory._replace(states=tiny.trajectory.states * 1.001)
+    other = [[tiny.negative[0][0] * 1.001, {}]]
+    for model, pivot, start, settings in (
+        (patched, tiny.trajectory, tiny.negative, QUICK),
+        (tiny.model, moved, tiny.negative, QUICK),
+        (tiny.model, tiny.trajectory, other, QUICK),
+        (tiny.model, tiny.trajectory, tiny.negative, QUICK._replace(cfg=7.4)),
+        (tiny.model, tiny.trajectory, tiny.negative, QUICK._replace(learning_rate=0.02)),
+    ):
+        counted, rows = rows_of(model)
+        null_text(counted, pivot, start, settings, True)
+        assert len(rows) == whole
+
+
+def test_progress_rises_with_every_update(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the end; the host leaves out what follows too fast."""
+    seen = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *_, **__: seen.append((value, total)))
+    null_text(tiny.model, tiny.trajectory, tiny.negative, QUICK, True)
+    total = tiny.steps * (QUICK.inner_steps + 1)
+    assert len(seen) > tiny.steps
+    assert sorted(set(seen)) == seen
+    assert seen[0] == (1, total)
+    assert seen[-1] == (total, total)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_refusals(tiny: Tiny) -> None:
+    def refused(sentence: str, **changes: object) -> None:
+        inputs = {"model": tiny.model, "trajectory": tiny.trajectory, "empty": tiny.negative, "cfg": 7.5} | changes
+        with pytest.raises(ValueError, match=sentence):
+            execute(NullTextInversion, **inputs)
+
+    edited = attach(tiny.model, tiny.trajectory, swap())
+    guided = tiny.model.clone()
+    guided.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
+    spread = tiny.model.clone()
+    spread.set_additional_models("multigpu", [tiny.model])
+    embedding = tiny.negative[0][0]
+    long = Tiny(steps=101).trajectory
+    refused("Null Text Inversion was given a MODEL that is already edited", model=edited)
+    refused("carries another node's guidance", model=guided)
+    refused("run on one GPU", model=spread)
+    refused("made with another model", model=tiny_model(seed=9))
+    refused("at cfg 1 has nothing to optimise", cfg=1.0)
+    refused("at most 100", trajectory=long)
+    refused("has 2 entries", empty=tiny.negative * 2)
+    refused("has 0 entries", empty=[])
+    refused("has embeddings of 32 channels but the source prompt has 64", empty=[[embedding[..., :32], {}]])
+    refused("carries 'start_percent'", empty=[[embedding, {"start_percent": 0.5}]])
+    gligen = [[tiny.source[0][0], {"gligen": ("position", None, [])}]]
+    refused("cannot work through GLIGEN", trajectory=tiny.trajectory._replace(conditioning=gligen))
+    refused("source conditioning has 2 entries", trajectory=tiny.trajectory._replace(conditioning=tiny.source * 2))
+
+
+def test_distances_are_those_of_z(tiny: Tiny) -> None:
+    moved = tiny.trajectory._replace(states=tiny.trajectory.states + 2)
+    expected = 2 / (1 + tiny.sigmas**2).sqrt()
+    torch.testing.assert_close(distances(moved, tiny.trajectory), expected[None])
