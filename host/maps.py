@@ -21,14 +21,19 @@ def map_size(latent: tuple[int, int]) -> tuple[int, int]:
     return next((size for size in reversed(sizes) if min(size) >= MAP_SIDE), sizes[0])
 
 
-def token_maps(query: Tensor, key: Tensor, heads: int, tokens: int) -> Tensor:
-    """softmax(query key^T / sqrt(d)), its mean over heads: [b, positions, tokens] fp32.
+def attention_maps(query: Tensor, key: Tensor, heads: int, tokens: int) -> Tensor:
+    """softmax(query key^T / sqrt(d)), [b, heads, positions, tokens] fp32.
 
     query: [b, positions, heads * d]; key: [b, k * tokens, heads * d], the prompt's tokens tiled k times.
     """
     query, key = (t.float().unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key))
-    maps = torch.softmax(query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5, -1).mean(1)
+    maps = torch.softmax(query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5, -1)
     return maps.unflatten(-1, (-1, tokens)).sum(-2)
+
+
+def token_maps(query: Tensor, key: Tensor, heads: int, tokens: int) -> Tensor:
+    """The mean over heads of `attention_maps`: [b, positions, tokens]."""
+    return attention_maps(query, key, heads, tokens).mean(1)
 
 
 class WordMaps:

@@ -179,6 +179,15 @@ def check_prompt_kept(tokens: int, kept: int) -> None:
         )
 
 
+def check_same_length(source: int, target: int) -> None:
+    """Raises ValueError where the tokens of two prompts, whose maps are to be compared, cannot be paired."""
+    if source != target:
+        raise ValueError(
+            f"Cross Attention Guidance pairs the tokens of both prompts, but the source has {source} and the sampler's "
+            f"positive {target}: make them of one length, or apply a direction made from short sentences."
+        )
+
+
 def check_positions_kept(positions: int, kept: int) -> None:
     """Raises ValueError where a layer whose word maps are wanted has other positions than its image."""
     if positions != kept:
@@ -188,12 +197,12 @@ def check_positions_kept(positions: int, kept: int) -> None:
         )
 
 
-def check_in_place(sampler: Sampler) -> None:
-    """Raises ValueError for samplers that call the model with a copy of their own latent, which no blend reaches."""
+def check_in_place(sampler: Sampler, node: str) -> None:
+    """Raises ValueError for samplers that call the model with a copy of their own latent: `node` cannot change it."""
     name = sampler.sampler_function.__name__ if isinstance(sampler, KSAMPLER) else ""
     if name.startswith("sample_unipc"):
         raise ValueError(
-            "Local Blend cannot put the source back inside the sampler 'uni_pc': choose euler, ddim or dpmpp_2m."
+            f"{node} cannot change the latent inside the sampler 'uni_pc': choose euler, ddim or dpmpp_2m."
         )
 
 

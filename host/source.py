@@ -61,7 +61,7 @@ def attach(
     trajectory or store are another model's, or others than those of the edits before, or where the model already
     carries an edit of this kind.
     """
-    model, branch = _branched(model, trajectory)
+    model, branch = branched(model, trajectory)
     if any(type(other) is type(edit) for other in branch.edits):
         raise ValueError(f"This MODEL already carries a {edit.node}: write the whole edit into one such node.")
     if store is not None and not torch.equal(store.trajectory.states, trajectory.states):
@@ -75,7 +75,7 @@ def attach(
 
 def attach_blend(model: ModelPatcher, trajectory: Trajectory, blend: Blend) -> ModelPatcher:
     """A clone of `model` whose samples are the source outside the blend's mask. Raises ValueError as `attach`."""
-    model, branch = _branched(model, trajectory)
+    model, branch = branched(model, trajectory)
     if branch.blend is not None:
         raise ValueError("This MODEL already carries a Local Blend: write all its words and masks into one.")
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
@@ -83,7 +83,8 @@ def attach_blend(model: ModelPatcher, trajectory: Trajectory, blend: Blend) -> M
     return model
 
 
-def _branched(model: ModelPatcher, trajectory: Trajectory) -> tuple[ModelPatcher, SourceBranch]:
+def branched(model: ModelPatcher, trajectory: Trajectory) -> tuple[ModelPatcher, SourceBranch]:
+    """A clone of `model` that runs beside `trajectory`, and its branch. Raises ValueError as `attach`."""
     check_unet(model)
     check_same_model(model, trajectory)
     check_source(trajectory.conditioning)
@@ -115,6 +116,16 @@ class _Run:
         own = self.branch.trajectory.conditioning[0][1]
         return {key: value for key, value in self.guider.conds[KEY][0].items() if key not in OWN or key in own}
 
+    def state(self, x: Tensor, index: int) -> Tensor:
+        """[1 or b, c, h, w]: the trajectory's state beside x, which has to have begun where the trajectory does."""
+        states = self.branch.trajectory.states
+        state = states[index].to(x)
+        check_part(x, state)
+        if not self.started:
+            check_start(x, states[0].to(x), index)
+            self.started = True
+        return state
+
     def call(self, conds: list[list[dict] | None], x: Tensor, timestep: Tensor) -> Call | None:
         """The source's part in one model call, or None where no edit or no target takes part."""
         trajectory, sigma = self.branch.trajectory, float(timestep[0])
@@ -124,11 +135,7 @@ class _Run:
                 f"The sampler asks for sigma {sigma:.4g}, which the trajectory does not hold: "
                 "choose a sampler that stays on its schedule, such as euler, ddim or dpmpp_2m."
             )
-        state = trajectory.states[index].to(x)
-        check_part(x, state)
-        if not self.started:
-            check_start(x, trajectory.states[0].to(x), index)
-            self.started = True
+        state = self.state(x, index)
         targets = {cond["uuid"] for cond in self.guider.conds["positive"]}
         target = next((i for i, cond in enumerate(conds) if cond and cond[0]["uuid"] in targets), None)
         if target is None:
@@ -193,7 +200,7 @@ def _outer_sample(
         if part is not None:
             part.check(positive, len(noise))
     if branch.blend is not None:
-        check_in_place(sampler)
+        check_in_place(sampler, "Local Blend")
     ((embedding, own),) = branch.trajectory.conditioning
     guider.conds[KEY] = convert_cond([[embedding.to(positive), own]])
     run = options[RUN] = _Run(branch, guider)

@@ -16,6 +16,21 @@ def listed() -> list[str]:
     return files
 
 
+def texts() -> list[str]:
+    """The text files of the input folder."""
+    root = Path(folder_paths.get_input_directory())
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*.txt"))
+
+
+def text(file: str, node: str) -> str:
+    """What a listed text file says. Raises ValueError as `existing`, and for other files than text."""
+    path = existing(file, node)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{node} cannot read '{file}': save it as UTF-8 text.") from error
+
+
 def existing(file: str, node: str) -> Path:
     """The path of a listed file. Raises ValueError for one that is missing or outside the host's folders."""
     name, root = folder_paths.annotated_filepath(file)

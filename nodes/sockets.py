@@ -7,3 +7,4 @@ from comfy_api.latest import io
 Trajectory = io.Custom("TRAJECTORY")
 PromptEdit = io.Custom("PROMPT_EDIT")
 AttentionStore = io.Custom("ATTENTION_STORE")
+EditDirection = io.Custom("EDIT_DIRECTION")

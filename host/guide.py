@@ -1,0 +1,117 @@
+"""Guidance by attention: before a step, a gradient through the UNet moves the sampler's own latent.
+
+Source and target run alone, one after the other, as the MODEL runs them without the pack's edits: the source at the
+trajectory's state and without a gradient, the target at the sampler's latent.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from comfy.samplers import CFGGuider, Sampler, calc_cond_batch
+from torch import Tensor
+
+from . import source
+from .gradients import differentiable, gradients
+from .layer import Layer
+from .maps import attention_maps
+from .patches import Measure, layer_of, with_measure
+from .refusals import check_in_place, check_positions_kept, check_prompt_kept, check_same_length
+from .trajectory import Trajectory
+
+KEY = f"{source.KEY}.guide"
+
+
+class Guide(Protocol):
+    """What a latent is moved by."""
+
+    def applies(self, fraction: float) -> bool:
+        """Whether the latent moves where `fraction` (0 to 1) of the schedule is finished."""
+
+    def wants(self, layer: Layer) -> bool:
+        """Whether the maps of this cross-attention layer count."""
+
+    def loss(self, maps: Tensor, reference: Tensor) -> Tensor:
+        """[b]: one layer's part of the loss, from the target's maps [b, heads, positions, tokens] and the source's."""
+
+    def moved(self, x: Tensor, gradient: Tensor, sigma: float) -> Tensor:
+        """x after its step, given the gradient of the loss."""
+
+
+def attach_guide(model: ModelPatcher, trajectory: Trajectory, guide: Guide, checkpointing: bool) -> ModelPatcher:
+    """A clone of `model` whose latent `guide` moves. Raises ValueError as `source.attach`."""
+    model, branch = source.branched(model, trajectory)
+    if KEY in model.model_options["transformer_options"]:
+        raise ValueError("This MODEL already carries a Cross Attention Guidance: one has to do, with a larger amount.")
+    model = differentiable(model, checkpointing)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
+    model.model_options["transformer_options"] |= {source.KEY: branch, KEY: guide}
+    return model
+
+
+def _outer_sample(executor, noise: Tensor, latent_image: Tensor, sampler: Sampler, *args, **kwargs):
+    guider = executor.class_obj
+    check_in_place(sampler, "Cross Attention Guidance")
+    ((embedding, _),) = guider.model_options["transformer_options"][source.KEY].trajectory.conditioning
+    check_same_length(embedding.shape[1], guider.conds["positive"][0]["cross_attn"].shape[1])
+    return executor(noise, latent_image, sampler, *args, **kwargs)
+
+
+def _predict_noise(executor, x: Tensor, timestep: Tensor, model_options: dict, *args, **kwargs):
+    options = model_options["transformer_options"]
+    run, guide, sigma = options[source.RUN], options[KEY], float(timestep[0])
+    trajectory = run.branch.trajectory
+    index = trajectory.index(sigma)
+    if index is not None and guide.applies(index / trajectory.steps):
+        gradient = _gradient(executor.class_obj, run, guide, x, run.state(x, index), timestep, model_options)
+        x.copy_(guide.moved(x, gradient, sigma))  # in place: the step that the sampler takes starts here
+    return executor(x, timestep, model_options, *args, **kwargs)
+
+
+def _gradient(
+    guider: CFGGuider, run, guide: Guide, x: Tensor, state: Tensor, timestep: Tensor, model_options: dict
+) -> Tensor:
+    """Of the summed losses of all images, whose parts do not touch: each image gets its own."""
+    reference: dict[Layer, Tensor] = {}
+    losses: dict[Layer, Tensor] = {}  # by layer: a checkpointed one is measured again for its gradient
+    (target,) = guider.conds["positive"]
+
+    def see(maps: Tensor, layer: Layer) -> None:
+        reference[layer] = maps
+
+    def compare(maps: Tensor, layer: Layer) -> None:
+        losses[layer] = guide.loss(maps, reference[layer])
+
+    def run_alone(cond: dict, x: Tensor, take) -> None:
+        tokens = cond["cross_attn"].shape[1]
+        measure = _measure(guide, tokens, take)
+        alone = {name: value for name, value in model_options["transformer_options"].items() if name != source.RUN}
+        options = with_measure(alone, measure, guider.inner_model.diffusion_model)
+        sigmas = timestep[: len(x)].clone()
+        calc_cond_batch(guider.inner_model, [[cond]], x, sigmas, {**model_options, "transformer_options": options})
+
+    with gradients():
+        with torch.no_grad():
+            run_alone(run.source, state.clone(), see)
+        if not reference:
+            raise ValueError(
+                "Cross Attention Guidance finds no cross-attention that is small enough in this MODEL: raise max_side."
+            )
+        leaf = x.clone().requires_grad_()
+        run_alone(target, leaf, compare)
+        return torch.autograd.grad(sum(losses.values()).sum(), leaf)[0]
+
+
+def _measure(guide: Guide, tokens: int, take) -> Measure:
+    def measure(query: Tensor, key: Tensor, extra_options: dict) -> None:
+        layer = layer_of("cross", extra_options)
+        if guide.wants(layer):
+            check_positions_kept(query.shape[1], layer.positions)
+            check_prompt_kept(key.shape[1], tokens)
+            take(attention_maps(query, key, extra_options["n_heads"], tokens), layer)
+
+    return measure
