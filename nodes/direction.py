@@ -60,11 +60,6 @@ class EditDirectionFromPrompts(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, source_file: str, target_file: str) -> bool | str:
-        verdicts = [files.verdict(file, NODE) for file in (source_file, target_file) if file != NONE]
-        return next((verdict for verdict in verdicts if verdict is not True), True)
-
-    @classmethod
     def fingerprint_inputs(cls, source_file: str, target_file: str, **others) -> list[str]:
         return [file if file == NONE else files.version(file, NODE) for file in (source_file, target_file)]
 

@@ -219,10 +219,10 @@ def test_bad_input_is_refused_in_a_sentence(demo: tuple, folders: Path) -> None:
     (folders / "input" / "picture.txt").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(ValueError, match=r"cannot read 'picture.txt': save it as UTF-8 text"):
         execute(EditDirectionFromPrompts, clip=clip, source_file="picture.txt")
-    validate = EditDirectionFromPrompts.validate_inputs
-    assert validate("none", "picture.txt") is True
-    assert "finds no file 'gone.txt'" in validate("none", "gone.txt")
-    assert "may not read '../secret.txt'" in validate("../secret.txt", "none")
+    with pytest.raises(ValueError, match=r"finds no file 'gone.txt'"):
+        execute(EditDirectionFromPrompts, clip=clip, target_file="gone.txt")
+    with pytest.raises(ValueError, match=r"may not read '../secret.txt'"):
+        execute(EditDirectionFromPrompts, clip=clip, source_file="../secret.txt")
 
 
 def test_a_text_file_written_anew_is_read_anew(folders: Path) -> None:
