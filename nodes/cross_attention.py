@@ -16,7 +16,7 @@ class CrossAttentionGuidanceNode(io.ComfyNode):
         return io.Schema(
             node_id="PalimpsestCrossAttentionGuidance",
             display_name="Cross Attention Guidance",
-            category="Palimpsest/edit",
+            category="Palimpsest/guide",
             description=(
                 "pix2pix-zero: keeps the source image's layout by a gradient. Before every step the latent is moved so "
                 "that the new prompt attends to the same places as the source prompt does in the source image."

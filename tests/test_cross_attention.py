@@ -19,7 +19,7 @@ from palimpsest.guidance.cross_attention import CrossAttentionGuidance
 from palimpsest.host.guide import attach_guide
 from palimpsest.host.source import attach, attach_blend
 from palimpsest.inversion.run import Guidance, invert
-from palimpsest.nodes.guidance import CrossAttentionGuidanceNode
+from palimpsest.nodes.cross_attention import CrossAttentionGuidanceNode
 from reference import explicit
 from test_source import some_mapper, swap
 from tiny import Tiny, conditioning, execute, rows_of, tiny_model
