@@ -24,14 +24,14 @@ def leading_sigmas(table: Tensor, steps: int) -> Tensor:
     return torch.cat((table[timesteps.clamp(max=len(table) - 1)], table[:1])).float()
 
 
-def inverse_step(
+def first_noise(
     x: Tensor, sigma: float, sigma_next: float, denoise: Callable[[Tensor, float], Tensor], prediction: str
-) -> tuple[Tensor, Tensor]:
-    """One step up, from `sigma` to the noisier `sigma_next`: the next x and the denoised estimate, both as x.
+) -> Tensor:
+    """The noise in x at `sigma` by the network's answer for the noisier `sigma_next`: eps, like x [b, c, h, w].
 
     The network sees the current latent z at the *next* timestep, as in every public implementation: z' = sqrt(a') x0 +
     sqrt(1 - a') eps with x0 and eps taken from that one prediction at the current alpha_bar a (2211.09794, eq. 3).
-    x: [b, c, h, w]; `denoise(x, sigma)` is the host's model, which returns x0; `prediction` is "eps" or "v".
+    `denoise(x, sigma)` is the host's model, which returns x0; `prediction` is "eps" or "v".
     """
     signal, signal_next = (1 + sigma**2) ** -0.5, (1 + sigma_next**2) ** -0.5  # sqrt(alpha_bar)
     z = x * signal
@@ -42,5 +42,10 @@ def inverse_step(
         noise_next = sigma_next * signal_next
         v = (eps - noise_next * z) / signal_next
         eps = signal * v + sigma * signal * z
+    return eps
+
+
+def step_up(x: Tensor, sigma: float, sigma_next: float, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """x taken from `sigma` to the noisier `sigma_next` along eps, and the denoised estimate, both as x."""
     denoised = x - sigma * eps
     return denoised + sigma_next * eps, denoised

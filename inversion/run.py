@@ -17,7 +17,8 @@ from ..host.model import identity, prediction_type
 from ..host.refusals import check_deterministic, check_latent, check_unguided
 from ..host.source import KEY
 from ..host.trajectory import Trajectory, sigma_index
-from .ddim import inverse_step
+from .fixed_point import fixed_point_step
+from .regularise import regularised
 
 
 class Guidance(NamedTuple):
@@ -35,11 +36,26 @@ class Guidance(NamedTuple):
         return guider
 
 
+class Refinement(NamedTuple):
+    """What DDIM inversion does beyond its plain step: fixed-point iterations, and regularisation of its noise.
+
+    average: how many of the last predictions of a step are averaged. The weights are those of the losses, 0 for none.
+    """
+
+    iterations: int = 0
+    average: int = 1
+    autocorrelation: float = 0.0
+    kl: float = 0.0
+
+
+PLAIN = Refinement()
+
+
 class InversionSampler(Sampler):
     """Walks up the sigmas it is given, from the image to the noise, and keeps every state. Made anew for each run."""
 
-    def __init__(self, prediction: str) -> None:
-        self.prediction = prediction
+    def __init__(self, prediction: str, refinement: Refinement) -> None:
+        self.prediction, self.refinement = prediction, refinement
         self.states: list[Tensor] = []
 
     def sample(
@@ -56,32 +72,45 @@ class InversionSampler(Sampler):
         def denoise(x: Tensor, sigma: float) -> Tensor:
             return model_wrap(x, x.new_full((len(x),), sigma), **extra_args)
 
+        iterations, average, *weights = self.refinement
+        generator = torch.Generator().manual_seed(0)  # the same shifts whenever the node runs again
+
+        def regularise(eps: Tensor) -> Tensor:
+            return regularised(eps, *weights, generator)
+
         x = latent_image
         self.states.append(x.to("cpu", torch.float32))
         levels = sigmas.tolist()
         for i, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False)):
-            x, denoised = inverse_step(x, sigma, sigma_next, denoise, self.prediction)
+            x, denoised = fixed_point_step(
+                x, sigma, sigma_next, denoise, self.prediction, iterations, average, regularise
+            )
             self.states.append(x.to("cpu", torch.float32))
             if callback is not None:
                 callback(i, denoised, x, len(levels) - 1)
         return x
 
 
-def invert(model: ModelPatcher, guidance: Guidance, samples: Tensor, sigmas: Tensor) -> Trajectory:
+def invert(
+    model: ModelPatcher, guidance: Guidance, samples: Tensor, sigmas: Tensor, refinement: Refinement = PLAIN
+) -> Trajectory:
     """DDIM inversion of image latents [b, c, h, w] along falling `sigmas`.
 
     Raises ValueError for models, latents and settings that cannot be inverted.
     """
-    check_unedited(model, "DDIM Inversion")
+    check_inversion("DDIM Inversion", model, guidance, samples)
+    sampler = InversionSampler(prediction_type(model), refinement)
+    run(model, guidance, sampler, sigmas.flip(0), torch.zeros_like(samples), samples, seed=0)
+    return as_trajectory(model, guidance, sampler.states[::-1], sigmas)
+
+
+def check_inversion(node: str, model: ModelPatcher, guidance: Guidance, samples: Tensor) -> None:
+    """Raises ValueError for models, latents and settings that `node` cannot invert."""
+    check_unedited(model, node)
     check_unguided(model)
     check_latent(model, samples)
     if guidance.cfg != 1 and guidance.negative is None:
-        raise ValueError(
-            f"DDIM Inversion at cfg {guidance.cfg:g} needs the negative input: connect it, or set cfg to 1."
-        )
-    sampler = InversionSampler(prediction_type(model))
-    run(model, guidance, sampler, sigmas.flip(0), torch.zeros_like(samples), samples, seed=0)
-    return _trajectory(model, guidance, sampler.states[::-1], sigmas)
+        raise ValueError(f"{node} at cfg {guidance.cfg:g} needs the negative input: connect it, or set cfg to 1.")
 
 
 def check_unedited(model: ModelPatcher, node: str) -> None:
@@ -121,7 +150,7 @@ def record(
     states[len(sigmas) - 1] = model.model.process_latent_in(result).to("cpu", torch.float32)
     if len(states) < len(sigmas):
         raise ValueError("The sampler did not visit every sigma of its schedule: choose euler, ddim or dpmpp_2m.")
-    return _trajectory(model, guidance, [states[i] for i in range(len(sigmas))], sigmas), result
+    return as_trajectory(model, guidance, [states[i] for i in range(len(sigmas))], sigmas), result
 
 
 def run(
@@ -139,5 +168,6 @@ def run(
     return result.to(comfy.model_management.intermediate_device())
 
 
-def _trajectory(model: ModelPatcher, guidance: Guidance, states: list[Tensor], sigmas: Tensor) -> Trajectory:
+def as_trajectory(model: ModelPatcher, guidance: Guidance, states: list[Tensor], sigmas: Tensor) -> Trajectory:
+    """The trajectory of a run's states [b, c, h, w] at each of `sigmas`."""
     return Trajectory(torch.stack(states), sigmas.to("cpu", torch.float32), guidance.positive, identity(model))

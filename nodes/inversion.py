@@ -9,11 +9,18 @@ from comfy_api.latest import io
 
 from ..host.model import noise_latent
 from ..inversion.ddim import leading_sigmas
-from ..inversion.run import Guidance, invert, record
+from ..inversion.run import Guidance, Refinement, invert, record
 from . import sockets
 from .widgets import noise_and_sigmas
 
 LEADING = "ddim (diffusers leading)"
+
+
+def weight(name: str, tooltip: str) -> io.Float.Input:
+    """How strongly the inverted noise is regularised."""
+    return io.Float.Input(
+        name, default=0.0, min=0.0, max=100.0, step=1.0, optional=True, advanced=True, tooltip=tooltip
+    )
 
 
 class DDIMInversion(io.ComfyNode):
@@ -73,6 +80,31 @@ class DDIMInversion(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="Negative prompt while inverting; needed where cfg is not 1."
                 ),
+                io.Int.Input(
+                    "iterations",
+                    default=0,
+                    min=0,
+                    max=50,
+                    optional=True,
+                    tooltip=(
+                        "Fixed-point iterations a step: 0 is plain DDIM inversion, 1 to 3 reconstruct much better. "
+                        "Each costs a model call."
+                    ),
+                ),
+                io.Int.Input(
+                    "average",
+                    default=1,
+                    min=1,
+                    max=51,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "How many of a step's last predictions are averaged; there is one more than iterations. "
+                        "1 takes the last alone. The paper's code averages 2 of 10 where there is much noise."
+                    ),
+                ),
+                weight("autocorrelation", "How strongly the noise is kept from repeating itself. Paper: 20; 0 is off."),
+                weight("kl", "How strongly the noise is kept at mean 0 and variance 1. Paper: 20; 0 is off."),
             ],
             outputs=[
                 sockets.Trajectory.Output("trajectory", tooltip="The image at every noise level, for the edit nodes."),
@@ -81,13 +113,27 @@ class DDIMInversion(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, source, image, steps, cfg, schedule, negative=None) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        source,
+        image,
+        steps,
+        cfg,
+        schedule,
+        negative=None,
+        iterations=0,
+        average=1,
+        autocorrelation=0.0,
+        kl=0.0,
+    ) -> io.NodeOutput:
         model_sampling = model.get_model_object("model_sampling")
         if schedule == LEADING:
             sigmas = leading_sigmas(model_sampling.sigmas.cpu(), steps)
         else:
             sigmas = comfy.samplers.calculate_sigmas(model_sampling, schedule, steps).cpu()
-        trajectory = invert(model, Guidance(source, negative, cfg), image["samples"], sigmas)
+        refinement = Refinement(iterations, average, autocorrelation, kl)
+        trajectory = invert(model, Guidance(source, negative, cfg), image["samples"], sigmas, refinement)
         return io.NodeOutput(trajectory, {"samples": noise_latent(model, trajectory)}, trajectory.sigmas)
 
 
