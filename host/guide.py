@@ -19,7 +19,7 @@ from .gradients import differentiable, gradients
 from .layer import Layer
 from .maps import attention_maps
 from .patches import Measure, layer_of, with_measure
-from .refusals import check_in_place, check_positions_kept, check_prompt_kept, check_same_length
+from .refusals import check_in_place, check_one_state, check_positions_kept, check_prompt_kept, check_same_length
 from .trajectory import Trajectory
 
 KEY = f"{source.KEY}.guide"
@@ -67,6 +67,8 @@ def _predict_noise(executor, x: Tensor, timestep: Tensor, model_options: dict, *
     trajectory = run.branch.trajectory
     index = trajectory.index(sigma)
     if index is not None and guide.applies(index / trajectory.steps):
+        if source.STATE in options:
+            check_one_state(["Cross Attention Guidance"])
         gradient = _gradient(executor.class_obj, run, guide, x, run.state(x, index), timestep, model_options)
         x.copy_(guide.moved(x, gradient, sigma))  # in place: the step that the sampler takes starts here
     return executor(x, timestep, model_options, *args, **kwargs)

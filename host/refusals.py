@@ -141,6 +141,33 @@ def check_run(
         )
 
 
+def check_replay(
+    node: str, trajectory: Trajectory, model: ModelPatcher, sigmas: Tensor, latent: Tensor, denoise_mask
+) -> None:
+    """Raises ValueError for a run that the sampler which `node` made for `trajectory` cannot give the image back in.
+
+    latent: [b, c, h, w] as the sampler gets it.
+    """
+    check_same_model(model, trajectory)
+    if denoise_mask is not None:
+        raise ValueError(
+            f"The latent carries a noise mask, which the sampler of {node} does not know: remove Set Latent Noise Mask."
+        )
+    own = trajectory.sigmas.to(sigmas)
+    if len(sigmas) != len(own) or not torch.allclose(sigmas, own, rtol=1e-4):
+        raise ValueError(
+            f"The sampler of {node} runs {trajectory.steps} steps from sigma {float(own[0]):.4g}, but was given "
+            f"{len(sigmas) - 1} from sigma {float(sigmas[0]):.4g}: connect the sigmas output of the same node."
+        )
+    start = trajectory.states[0].to(latent)
+    fits = latent.shape[1:] == start.shape[1:] and len(start) in (1, len(latent))
+    if not fits or (latent - start).norm() > 1e-3 * start.expand_as(latent).norm():
+        raise ValueError(
+            f"The sampler of {node} starts from its own noise, but latent_image is another latent: connect the noise "
+            "output of the same node."
+        )
+
+
 def _check_conditionings(guider: CFGGuider) -> None:
     positive = guider.conds.get("positive", [])
     if len(positive) != 1:
@@ -203,6 +230,15 @@ def check_in_place(sampler: Sampler, node: str) -> None:
     if name.startswith("sample_unipc"):
         raise ValueError(
             f"{node} cannot change the latent inside the sampler 'uni_pc': choose euler, ddim or dpmpp_2m."
+        )
+
+
+def check_one_state(parts: list[str]) -> None:
+    """Raises ValueError where a sampler of several states a step meets parts that know the trajectory's one alone."""
+    if parts:
+        raise ValueError(
+            f"{parts[0]} knows one state of the source a step, but the sampler of EDICT Inversion has two: remove it "
+            "from this MODEL, or invert with another node."
         )
 
 

@@ -27,6 +27,7 @@ from .maps import WordMaps, map_size
 from .patches import with_enter, with_measure
 from .refusals import (
     check_in_place,
+    check_one_state,
     check_part,
     check_run,
     check_same_model,
@@ -38,7 +39,7 @@ from .store import AttentionStore
 from .trajectory import Trajectory
 from .unet import residual_hooks
 
-RUN, CALL = f"{KEY}.run", f"{KEY}.call"
+RUN, CALL, STATE = f"{KEY}.run", f"{KEY}.call", f"{KEY}.state"
 OWN = ("control", "gligen")  # what the host hands on from the positive conditioning to all others
 
 
@@ -83,6 +84,14 @@ def attach_blend(model: ModelPatcher, trajectory: Trajectory, blend: Blend) -> M
     return model
 
 
+def with_state(model_options: dict, state: Tensor) -> dict:
+    """The options of a model call that the source joins with `state`, in place of the trajectory's at that sigma.
+
+    For samplers that call the model at more states than one a sigma; state: [1 or b, c, h, w] in sampler space.
+    """
+    return {**model_options, "transformer_options": {**model_options["transformer_options"], STATE: state}}
+
+
 def branched(model: ModelPatcher, trajectory: Trajectory) -> tuple[ModelPatcher, SourceBranch]:
     """A clone of `model` that runs beside `trajectory`, and its branch. Raises ValueError as `attach`."""
     check_unet(model)
@@ -116,18 +125,24 @@ class _Run:
         own = self.branch.trajectory.conditioning[0][1]
         return {key: value for key, value in self.guider.conds[KEY][0].items() if key not in OWN or key in own}
 
-    def state(self, x: Tensor, index: int) -> Tensor:
-        """[1 or b, c, h, w]: the trajectory's state beside x, which has to have begun where the trajectory does."""
+    def state(self, x: Tensor, index: int, given: Tensor | None = None) -> Tensor:
+        """[1 or b, c, h, w]: the trajectory's state beside x, or the one `given` in its place.
+
+        The run has to have begun where the source does.
+        """
         states = self.branch.trajectory.states
-        state = states[index].to(x)
+        state = (states[index] if given is None else given).to(x)
         check_part(x, state)
         if not self.started:
-            check_start(x, states[0].to(x), index)
+            check_start(x, (states[0] if given is None else given).to(x), index)
             self.started = True
         return state
 
-    def call(self, conds: list[list[dict] | None], x: Tensor, timestep: Tensor) -> Call | None:
-        """The source's part in one model call, or None where no edit or no target takes part."""
+    def call(self, conds: list[list[dict] | None], x: Tensor, timestep: Tensor, given: Tensor | None) -> Call | None:
+        """The source's part in one model call, or None where no edit or no target takes part.
+
+        given: the source's state where it is not the trajectory's.
+        """
         trajectory, sigma = self.branch.trajectory, float(timestep[0])
         index = trajectory.index(sigma)
         if index is None:
@@ -135,7 +150,10 @@ class _Run:
                 f"The sampler asks for sigma {sigma:.4g}, which the trajectory does not hold: "
                 "choose a sampler that stays on its schedule, such as euler, ddim or dpmpp_2m."
             )
-        state = self.state(x, index)
+        if given is not None:
+            parts = {"An attention store": self.branch.store, "Local Blend": self.branch.blend}
+            check_one_state([name for name, part in parts.items() if part is not None])
+        state = self.state(x, index, given)
         targets = {cond["uuid"] for cond in self.guider.conds["positive"]}
         target = next((i for i, cond in enumerate(conds) if cond and cond[0]["uuid"] in targets), None)
         if target is None:
@@ -232,7 +250,7 @@ def _predict_noise(executor, x: Tensor, timestep: Tensor, model_options: dict, *
 def _calc_cond_batch(executor, model, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict):
     options = model_options["transformer_options"]
     run = options.get(RUN)
-    call = run and run.call(conds, x_in, timestep)
+    call = run and run.call(conds, x_in, timestep, options.get(STATE))
     if not call:
         return executor(model, conds, x_in, timestep, model_options)
     options = with_enter({**options, CALL: call}, call.attention, call.leave)

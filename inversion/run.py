@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..host.model import identity, prediction_type
 from ..host.refusals import check_deterministic, check_latent, check_unguided
-from ..host.source import KEY
+from ..host.source import KEY, STATE
 from ..host.trajectory import Trajectory, sigma_index
 from .fixed_point import fixed_point_step
 from .regularise import regularised
@@ -137,12 +137,17 @@ def record(
     schedule = sigmas.cpu()
     states: dict[int, Tensor] = {}
 
-    def keep(executor, x: Tensor, timestep: Tensor, *args):
+    def keep(executor, x: Tensor, timestep: Tensor, model_options: dict, *args):
+        if STATE in model_options["transformer_options"]:
+            raise ValueError(
+                "Record Trajectory keeps one state a step, but the sampler of EDICT Inversion has two: choose euler, "
+                "ddim or dpmpp_2m."
+            )
         index = sigma_index(schedule, float(timestep[0]))
         if index is not None:
             # The last call at a sigma is the one that starts its step.
             states[index] = x.to("cpu", torch.float32, copy=True)
-        return executor(x, timestep, *args)
+        return executor(x, timestep, model_options, *args)
 
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, keep)

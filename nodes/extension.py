@@ -10,6 +10,7 @@ from . import (
     cross_attention,
     demo,
     direction,
+    exact,
     guidance,
     inject,
     inversion,
@@ -24,6 +25,8 @@ from . import (
 
 NODES: list[type[io.ComfyNode]] = [
     inversion.DDIMInversion,
+    exact.EditFriendlyInversion,
+    exact.EDICTInversion,
     inversion.RecordTrajectory,
     trajectory.SaveTrajectory,
     trajectory.LoadTrajectory,

@@ -14,6 +14,7 @@ import comfy.supported_models_base
 import torch
 from comfy.model_base import ModelType
 from comfy.patcher_extension import WrappersMP
+from comfy.samplers import Sampler
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -98,14 +99,14 @@ class Tiny:
         self.noise = self.model.model.process_latent_out(self.trajectory.states[0])
 
     def sample(
-        self, model, positive=None, negative=None, cfg: float = 4.0, sampler: str = "euler", **changes
+        self, model, positive=None, negative=None, cfg: float = 4.0, sampler: str | Sampler = "euler", **changes
     ) -> Tensor:
         parts = {"noise": self.noise, "sigmas": self.sigmas, "noise_mask": None} | changes
         return comfy.sample.sample_custom(
             model,
             torch.zeros_like(parts["noise"]),
             cfg,
-            comfy.samplers.sampler_object(sampler),
+            comfy.samplers.sampler_object(sampler) if isinstance(sampler, str) else sampler,
             parts["sigmas"],
             self.target if positive is None else positive,
             self.negative if negative is None else negative,

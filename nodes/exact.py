@@ -1,0 +1,153 @@
+"""Nodes that invert an image exactly, each with the sampler that gives it back."""
+
+from __future__ import annotations
+
+import comfy.samplers
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..host.model import noise_latent
+from ..host.trajectory import Trajectory
+from ..inversion.ddim import leading_sigmas
+from ..inversion.replay import invert_edict, invert_edit_friendly
+from ..inversion.run import Guidance
+from . import sockets
+from .widgets import fraction, noise_and_sigmas
+
+
+def common_inputs(steps: int, cfg: float) -> list[io.Input]:
+    return [
+        io.Model.Input("model", tooltip="The model to invert with: the same one that you edit with, without edits."),
+        io.Conditioning.Input(
+            "source", tooltip="The prompt that says what the image shows: Prompt Edit's source output."
+        ),
+        io.Latent.Input("image", tooltip="The image or batch of images, from VAE Encode."),
+        io.Int.Input(
+            "steps",
+            default=steps,
+            min=1,
+            max=999,
+            tooltip="Steps of the whole schedule, of which only the later part is run.",
+        ),
+        io.Float.Input(
+            "cfg",
+            default=cfg,
+            min=0.0,
+            max=30.0,
+            step=0.1,
+            tooltip="Guidance while inverting. Sampled with the same, the source prompt gives the image back.",
+        ),
+    ]
+
+
+def negative_input() -> io.Input:
+    return io.Conditioning.Input(
+        "negative", optional=True, tooltip="Negative prompt while inverting; needed where cfg is not 1."
+    )
+
+
+def outputs(sampler: str) -> list[io.Output]:
+    return [
+        sockets.Trajectory.Output("trajectory", tooltip="The image at every noise level, for the edit nodes."),
+        *noise_and_sigmas(),
+        io.Sampler.Output("sampler", tooltip=sampler),
+    ]
+
+
+def schedule(model: ModelPatcher, steps: int, skipped: int) -> Tensor:
+    return leading_sigmas(model.get_model_object("model_sampling").sigmas.cpu(), steps)[skipped:]
+
+
+def answer(model: ModelPatcher, trajectory: Trajectory, sampler: comfy.samplers.Sampler) -> io.NodeOutput:
+    return io.NodeOutput(trajectory, {"samples": noise_latent(model, trajectory)}, trajectory.sigmas, sampler)
+
+
+class EditFriendlyInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PalimpsestEditFriendlyInversion",
+            display_name="Edit Friendly Inversion",
+            category="Palimpsest/invert",
+            description=(
+                "Finds noise maps for a stochastic sampler that lead to your image exactly. The sampler output replays "
+                "them: with the same prompt and cfg they give the image, with another prompt an edit of it. Connect "
+                "noise, sigmas and sampler to SamplerCustom."
+            ),
+            search_aliases=["ddpm inversion", "edit friendly ddpm", "invert", "noise maps", "ledits", "real image"],
+            inputs=[
+                *common_inputs(steps=100, cfg=3.5),
+                fraction("skip", 0.36, "How much of the schedule is left out. More keeps more of the image."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="The seed of the noise: another seed, another edit.",
+                ),
+                negative_input(),
+                io.Float.Input(
+                    "eta",
+                    default=1.0,
+                    min=0.1,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How much noise a step has: 1 is DDPM. With less, the maps weigh less and the prompt more.",
+                ),
+            ],
+            outputs=outputs("Replays the noise maps from noise along sigmas, with any prompt and cfg."),
+        )
+
+    @classmethod
+    def execute(cls, model, source, image, steps, cfg, skip, seed, negative=None, eta=1.0) -> io.NodeOutput:
+        skipped = round(skip * steps)
+        if skipped == steps:
+            raise ValueError(f"Edit Friendly Inversion leaves out all {steps} steps at skip {skip:g}: lower skip.")
+        sigmas = schedule(model, steps, skipped)
+        guidance = Guidance(source, negative, cfg)
+        return answer(model, *invert_edit_friendly(model, guidance, image["samples"], sigmas, eta, seed))
+
+
+class EDICTInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PalimpsestEDICTInversion",
+            display_name="EDICT Inversion",
+            category="Palimpsest/invert",
+            description=(
+                "Inverts your image exactly, at any guidance, by moving two coupled copies of it up to noise. The "
+                "sampler output moves them down again: with the same prompt and cfg they give the image, with another "
+                "prompt an edit of it. Connect noise, sigmas and sampler to SamplerCustom."
+            ),
+            search_aliases=["edict", "exact inversion", "coupled transformations", "invert", "real image"],
+            inputs=[
+                *common_inputs(steps=50, cfg=3.0),
+                fraction("strength", 0.8, "How much of the schedule is run. More lets the prompt change more."),
+                negative_input(),
+                io.Float.Input(
+                    "mixing",
+                    default=0.93,
+                    min=0.5,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How far the two copies stay apart: at 1 they never mix. Paper: 0.93, from 0.9 to 0.97.",
+                ),
+            ],
+            outputs=outputs("Moves both copies from noise along sigmas, with any prompt and cfg."),
+        )
+
+    @classmethod
+    def execute(cls, model, source, image, steps, cfg, strength, negative=None, mixing=0.93) -> io.NodeOutput:
+        skipped = steps - round(strength * steps)
+        if skipped == steps:
+            raise ValueError(f"EDICT Inversion runs none of {steps} steps at strength {strength:g}: raise strength.")
+        guidance = Guidance(source, negative, cfg)
+        sigmas = schedule(model, steps, skipped)
+        return answer(model, *invert_edict(model, guidance, image["samples"], sigmas, mixing))
