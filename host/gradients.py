@@ -27,7 +27,7 @@ def gradients() -> Iterator[None]:
 def differentiable(model: ModelPatcher, checkpointing: bool) -> ModelPatcher:
     """A clone of `model` that gradients flow through, for calls within `gradients()`.
 
-    Each layer works on a copy of its weights, which autograd keeps until the gradient is taken. With `checkpointing`
+    There each layer works on a copy of its weights, which autograd keeps until the gradient is taken. With `checkpointing`
     every block is run again for its gradient, and neither its copies nor its activations outlive it.
     """
     model = model.clone()
@@ -35,12 +35,16 @@ def differentiable(model: ModelPatcher, checkpointing: bool) -> ModelPatcher:
         if hasattr(module, "weight_function"):
             for kind in ("weight", "bias"):
                 if getattr(module, kind, None) is not None:
-                    model.add_weight_wrapper(f"{name}.{kind}", torch.clone)
+                    model.add_weight_wrapper(f"{name}.{kind}", _saveable)
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _differentiable_call)
     if checkpointing:
         model.set_model_forward_timestep_embed_patch((ResBlock, _checkpointed_residual))
         model.set_model_forward_timestep_embed_patch((SpatialTransformer, _checkpointed_transformer))
     return model
+
+
+def _saveable(weight: Tensor) -> Tensor:
+    return weight if torch.is_inference_mode_enabled() else weight.clone()
 
 
 def _checkpointed_residual(layer: ResBlock, x: Tensor, emb: Tensor, *args) -> Tensor:

@@ -17,7 +17,7 @@ def prediction_type(model: ModelPatcher) -> str:
     if isinstance(model_sampling, other) or not isinstance(model_sampling, sampling.EPS):
         kind = type(model.model).__name__
         raise ValueError(
-            f"This MODEL ({kind}) predicts neither noise (eps) nor v, so DDIM inversion does not fit it: "
+            f"This MODEL ({kind}) predicts neither noise (eps) nor v, so no inversion here fits it: "
             "load an SD1.x, SD2.x or SDXL checkpoint."
         )
     return "v" if isinstance(model_sampling, sampling.V_PREDICTION) else "eps"

@@ -105,8 +105,9 @@ def invert(
 
 
 def check_inversion(node: str, model: ModelPatcher, guidance: Guidance, samples: Tensor) -> None:
-    """Raises ValueError for models, latents and settings that `node` cannot invert."""
+    """Raises ValueError for models, latents and settings that `node` cannot invert, before anything is run."""
     check_unedited(model, node)
+    prediction_type(model)
     check_unguided(model)
     check_latent(model, samples)
     if guidance.cfg != 1 and guidance.negative is None:
