@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import comfy.samplers
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from ..attention.alignment import Carry, PromptEdit
@@ -27,6 +29,9 @@ from ..attention.phrases import changed_columns
 from ..attention.pnp import PlugAndPlay
 from ..demo import model as demo_model
 from ..demo import scenes, score
+from ..guidance.cross_attention import CrossAttentionGuidance
+from ..guidance.direction import Embedded, apply, direction_between
+from ..host.guide import attach_guide
 from ..host.model import noise_latent
 from ..host.source import attach, attach_blend
 from ..host.tokens import prompt_words
@@ -35,6 +40,7 @@ from ..inversion.ddim import leading_sigmas
 from ..inversion.run import Guidance, invert, record
 from .picture import decode, sample, save_grid
 
+SENTENCES = 40  # a side, of an edit direction
 KINDS = {"swap": ("color", "shape", "background"), "refine": ("size", "texture")}
 DIRECT, BLENDED, WEIGHED = "Direct Inversion + P2P", "the same + Local Blend", "the same, the word weighed 2"
 WEIGHED_BLENDED = f"{WEIGHED} + Local Blend"
@@ -42,10 +48,12 @@ RESAMPLED = "source, resampled at cfg 1"
 NAIVE, DRIFTING = "naive: inverted noise, new prompt", "DDIM + P2P"
 DRIFTING_PNP, DIRECT_PNP = "DDIM + PnP", "Direct Inversion + PnP"
 DRIFTING_MASACTRL, DIRECT_MASACTRL = "DDIM + MasaCtrl", "Direct Inversion + MasaCtrl"
+DIRECTION, GUIDED = "pix2pix-zero direction", "the same + cross-attention guidance"
 COMPARED = [(DRIFTING, NAIVE), (DIRECT, NAIVE), (DIRECT, DRIFTING)]
 COMPARED += [(better, DIRECT) for better in (BLENDED, WEIGHED, WEIGHED_BLENDED)]
 COMPARED += [(DIRECT_PNP, NAIVE), (DIRECT_PNP, DRIFTING_PNP)]
 COMPARED += [(DIRECT_MASACTRL, NAIVE), (DIRECT_MASACTRL, DRIFTING_MASACTRL)]
+COMPARED += [(DIRECTION, NAIVE), (GUIDED, NAIVE), (GUIDED, DIRECTION)]
 
 
 class Case(NamedTuple):
@@ -139,6 +147,10 @@ def edit(
     }
     runs = {RESAMPLED: (model, Guidance(source, None, 1.0))}
     runs |= {method: (edited, guided) for method, edited in models.items()}
+    if methods is None or {DIRECTION, GUIDED} & set(methods):
+        moved = Guidance([[directed(clip, cases, source[0][0]), {}]], negative, arguments.cfg)
+        keeping = attach_guide(model, pinned, CrossAttentionGuidance(0.3, 1.0, 64), False)
+        runs |= {DIRECTION: (model, moved), GUIDED: (keeping, moved)}
     chosen = {method: runs[method] for method in methods or runs}
     return {method: decode(vae, sample(*run, noise, sigmas)) for method, run in chosen.items()}
 
@@ -166,6 +178,35 @@ def local_blend(edits: list[PromptEdit]) -> LocalBlend:
     stacked = tuple(torch.cat([pad(c, (0, most - c.shape[2])) for c in side]) for side in zip(*columns, strict=True))
     target = torch.cat([edit.embeddings[1] for edit in edits])
     return LocalBlend(stacked, most, target, 0.3, 0.3, 0.2, 1, None, False)
+
+
+def directed(clip, cases: list[Case], source: Tensor) -> Tensor:
+    """The source embeddings [b, tokens, channels], each moved by the direction of its case's edit.
+
+    A direction comes from captions of the same structure, their other words drawn at random: seldom the target's own.
+    """
+    moved = []
+    for case, embedding in zip(cases, source, strict=True):
+        pairs = [varied(case, random.Random(i)) for i in range(SENTENCES)]
+        sides = ([Embedded(encode(clip, [s.caption])[0], None) for s in side] for side in zip(*pairs, strict=True))
+        moved += apply([[embedding[None], {}]], direction_between(*sides), 1.0)
+    return torch.cat([embedding for embedding, _ in moved])
+
+
+def varied(case: Case, rng: random.Random) -> tuple[scenes.Scene, scenes.Scene]:
+    """Source and target of a case, whatever they have in common of colours, shapes and background drawn anew."""
+    before, after = case.source, case.target
+    things: tuple[list, list] = ([], [])
+    for pair in zip(before.things, after.things, strict=True):
+        color, shape = rng.choice(list(scenes.COLORS)), rng.choice(scenes.SHAPES)
+        drawn = {} if pair[0].color != pair[1].color else {"color": color}
+        drawn |= {} if pair[0].shape != pair[1].shape else {"shape": shape}
+        for side, thing in zip(things, pair, strict=True):
+            side.append(replace(thing, **drawn))
+    ground = {} if before.background != after.background else {"background": rng.choice(list(scenes.BACKGROUNDS))}
+    return tuple(
+        replace(scene, things=tuple(side), **ground) for scene, side in zip((before, after), things, strict=True)
+    )
 
 
 def encode(clip, captions: list[str]) -> list:
