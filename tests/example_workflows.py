@@ -11,11 +11,14 @@ from host_server import PACK, Prompt
 FOLDER = PACK / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 WITHOUT_DOWNLOAD = (
+    "edict",
+    "edit-friendly",
     "edit-generated-image",
     "edit-real-image",
     "local-blend",
     "masactrl-edit",
     "negative-prompt-inversion",
+    "pix2pix-zero",
     "pnp-translate",
     "several-targets",
 )
