@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from comfy.model_base import ModelType
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from palimpsest.attention.pnp import PlugAndPlay
@@ -147,14 +148,25 @@ def test_edits_read_from_it(tiny: Tiny) -> None:
 
 
 def test_local_blend_keeps_the_source(tiny: Tiny) -> None:
-    """Its own start stays as it was, and outside the mask the sample is the image."""
+    """Outside the mask the sample is the image."""
     sampler = inverted(tiny)
-    before = tiny.trajectory.states.clone()
     mask = torch.zeros(1, 8, 8)
     mask[:, :4] = 1
     blended = tiny.sample(attach_blend(tiny.model, tiny.trajectory, blend(phrases=None, user=mask)), sampler=sampler)
     assert relative(blended[:, :, 4:], tiny.image[:, :, 4:]) < 1e-6
     assert relative(blended[:, :, :4], tiny.image[:, :, :4]) > 1e-2
+
+
+def test_what_writes_into_a_run_leaves_the_inversion_alone(tiny: Tiny) -> None:
+    sampler = inverted(tiny)
+    before = tiny.trajectory.states.clone()
+
+    def write(executor, x: Tensor, *args, **kwargs):
+        return executor(x.add_(1), *args, **kwargs)
+
+    model = tiny.model.clone()
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test.write", write)
+    tiny.sample(model, sampler=sampler)
     assert torch.equal(tiny.trajectory.states, before)
 
 
