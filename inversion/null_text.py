@@ -150,20 +150,18 @@ class NullTextSampler(Sampler):
         return Unfinished("null-text", self.settings, self.pivot.states, self.pivot.sigmas, self.start, answer)
 
 
-def null_text(
-    model: ModelPatcher, pivot: Trajectory, start: list, settings: Settings, checkpointing: bool
-) -> tuple[list, Trajectory]:
-    """The negatives, one a step, as a CONDITIONING that is begun with `start`'s; and the trajectory they lead along.
-
-    Raises ValueError for models, trajectories and settings that this does not fit.
-    """
+def check(model: ModelPatcher, pivot: Trajectory, start: list, settings: Settings) -> None:
+    """Raises ValueError for models, trajectories, prompts and settings that this does not fit."""
     check_unedited(model, NODE)
     check_unguided(model)
     check_unet(model)
     check_one_gpu(model)
     check_same_model(model, pivot)
     check_source(pivot.conditioning)
-    check_plain(start, f"The empty prompt of {NODE}", pivot.conditioning[0][0])
+    ((source, options),) = pivot.conditioning
+    check_plain(start, f"The empty prompt of {NODE}", source)
+    if options.get("gligen") is not None:
+        raise ValueError(f"{NODE} cannot work through GLIGEN: invert with a source prompt that has none.")
     if settings.cfg == 1:
         raise ValueError(f"{NODE} at cfg 1 has nothing to optimise, as the negative is not used: set the edit's cfg.")
     if pivot.steps > MOST_STEPS:
@@ -171,9 +169,17 @@ def null_text(
             f"{NODE} follows the paper's learning rate, which ends at step {MOST_STEPS}, but the trajectory has "
             f"{pivot.steps} steps: invert with at most {MOST_STEPS}."
         )
+
+
+def null_text(
+    model: ModelPatcher, pivot: Trajectory, start: list, settings: Settings, checkpointing: bool
+) -> tuple[list, Trajectory]:
+    """The negatives, one a step, as a CONDITIONING that is begun with `start`'s; and the trajectory they lead along.
+
+    Raises ValueError as `check`.
+    """
+    check(model, pivot, start, settings)
     ((embedding, options),), ((_, source),) = start, pivot.conditioning
-    if source.get("gligen") is not None:
-        raise ValueError(f"{NODE} cannot work through GLIGEN: invert with a source prompt that has none.")
     if source.get("control_apply_to_uncond"):
         options = {"control": source["control"], **options}  # the host would give it to the first negative only
     embedding = repeat_to_batch_size(embedding.to("cpu", torch.float32), pivot.states.shape[1])

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..host.model import noise_latent
 from ..inversion.error_plot import error_plot
-from ..inversion.null_text import Settings, distances, null_text
+from ..inversion.null_text import Settings, check, distances, null_text
 from ..inversion.run import Guidance, record
 from . import sockets
 
@@ -101,13 +101,14 @@ class NullTextInversion(io.ComfyNode):
         cls, model, trajectory, empty, cfg, inner_steps, learning_rate, early_stop, start_from, checkpointing
     ) -> io.NodeOutput:
         settings = Settings(cfg, inner_steps, learning_rate, early_stop)
-        start = empty if start_from == EMPTY else trajectory.conditioning
-        negative, found = null_text(model, trajectory, start, settings, checkpointing)
+        check(model, trajectory, empty, settings)
+        # The plot's other curve comes first: an interrupt later on loses nothing.
         noise = noise_latent(model, trajectory)
         guidance = Guidance(trajectory.conditioning, empty, cfg)
         euler = comfy.samplers.sampler_object("euler")
         plain, _ = record(model, guidance, euler, trajectory.sigmas, torch.zeros_like(noise), noise, seed=0)
+        start = empty if start_from == EMPTY else trajectory.conditioning
+        negative, found = null_text(model, trajectory, start, settings, checkpointing)
         curves = {f"empty negative at cfg {cfg:g}": plain, "optimised": found}
-        return io.NodeOutput(
-            negative, found, error_plot({name: distances(path, trajectory) for name, path in curves.items()})
-        )
+        plot = error_plot({name: distances(path, trajectory) for name, path in curves.items()})
+        return io.NodeOutput(negative, found, plot)
