@@ -18,6 +18,7 @@ WITHOUT_DOWNLOAD = (
     "local-blend",
     "masactrl-edit",
     "negative-prompt-inversion",
+    "null-text",
     "pix2pix-zero",
     "pnp-translate",
     "several-targets",
