@@ -102,9 +102,10 @@ class NullTextSampler(Sampler):
             self.negatives, self.states = [*kept["negatives"]], [*kept["states"]]
         try:
             while len(self.negatives) < self.pivot.steps:
-                embedding, x = self._step(model_wrap, extra_args["model_options"], callback, noise)
-                self.negatives.append(embedding.to("cpu", torch.float32))
-                self.states.append(x.to("cpu", torch.float32))
+                found = self._step(model_wrap, extra_args["model_options"], callback, noise)
+                embedding, x = (tensor.to("cpu", torch.float32) for tensor in found)
+                self.negatives.append(embedding)
+                self.states.append(x)
         finally:  # an interrupt too keeps what is done
             if len(self.negatives) == self.pivot.steps:
                 unfinished.remove()

@@ -82,7 +82,7 @@ class NullTextInversion(io.ComfyNode):
                     "checkpointing",
                     default=True,
                     advanced=True,
-                    tooltip="Runs every block twice to save memory. Off is a third faster where memory is plenty.",
+                    tooltip="Runs every block twice to save memory. Off is faster, where memory is plenty.",
                 ),
             ],
             outputs=[
