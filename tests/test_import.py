@@ -9,6 +9,8 @@ LIGHT = """
 import sys
 import palimpsest
 import palimpsest.attention.p2p, palimpsest.attention.alignment, palimpsest.inversion.ddim, palimpsest.host.trajectory
+import palimpsest.inversion.fixed_point, palimpsest.inversion.regularise
+import palimpsest.inversion.edit_friendly, palimpsest.inversion.edict
 hosts = sorted(name for name in sys.modules if name.split(".")[0] in ("comfy", "comfy_api", "nodes", "server"))
 assert not hosts, hosts
 """
@@ -34,7 +36,7 @@ before, modules = symbols(), set(sys.modules)
 import palimpsest
 extension = asyncio.run(palimpsest.comfy_entrypoint())
 nodes = asyncio.run(extension.get_node_list())
-assert len(nodes) == 18
+assert len(nodes) == 20
 after = symbols()
 # Importing further host modules (safetensors helpers, say) adds symbols; none that was there may change.
 changed = [name for name, value in before.items() if after.get(name) != value]
