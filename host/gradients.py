@@ -27,8 +27,8 @@ def gradients() -> Iterator[None]:
 def differentiable(model: ModelPatcher, checkpointing: bool) -> ModelPatcher:
     """A clone of `model` that gradients flow through, for calls within `gradients()`.
 
-    There each layer works on a copy of its weights, which autograd keeps until the gradient is taken. With `checkpointing`
-    every block is run again for its gradient, and neither its copies nor its activations outlive it.
+    There each layer works on a copy of its weights, which autograd keeps until the gradient is taken. With
+    `checkpointing` every block is run again for its gradient, and neither its copies nor its activations outlive it.
     """
     model = model.clone()
     for name, module in model.model.diffusion_model.named_modules(prefix="diffusion_model"):
