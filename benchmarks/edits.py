@@ -48,7 +48,9 @@ RESAMPLED = "source, resampled at cfg 1"
 NAIVE, DRIFTING = "naive: inverted noise, new prompt", "DDIM + P2P"
 DRIFTING_PNP, DIRECT_PNP = "DDIM + PnP", "Direct Inversion + PnP"
 DRIFTING_MASACTRL, DIRECT_MASACTRL = "DDIM + MasaCtrl", "Direct Inversion + MasaCtrl"
-DIRECTION, GUIDED = "pix2pix-zero direction", "the same + cross-attention guidance"
+DIRECTION, GUIDED = "pix2pix-zero direction", "pix2pix-zero direction + guidance"
+METHODS = (RESAMPLED, NAIVE, DRIFTING, DIRECT, BLENDED, WEIGHED, WEIGHED_BLENDED)
+METHODS += (DRIFTING_PNP, DIRECT_PNP, DRIFTING_MASACTRL, DIRECT_MASACTRL, DIRECTION, GUIDED)
 COMPARED = [(DRIFTING, NAIVE), (DIRECT, NAIVE), (DIRECT, DRIFTING)]
 COMPARED += [(better, DIRECT) for better in (BLENDED, WEIGHED, WEIGHED_BLENDED)]
 COMPARED += [(DIRECT_PNP, NAIVE), (DIRECT_PNP, DRIFTING_PNP)]
@@ -78,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg", type=float, default=4.0)
     parser.add_argument("--cross", type=float, default=0.8, help="cross_replace of the P2P rows")
     parser.add_argument("--self", dest="self_", type=float, default=0.4, help="self_replace of the P2P rows")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="methods whose names hold one of these; else all")
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--picture", type=Path, help="where to save source, edits and answers of the first scenes")
 
@@ -85,10 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     loaded = demo_model.load()
     cases = draw_cases(arguments.edit, arguments.scenes, arguments.seed)
+    chosen = [name for name in METHODS if any(text in name for text in arguments.only or [""])]
     scores: dict[str, list[Score]] = {}
     for first in range(0, len(cases), arguments.batch):
         part = cases[first : first + arguments.batch]
-        pictures = edit(loaded, part, arguments)
+        pictures = edit(loaded, part, arguments, chosen)
         for method, images in pictures.items():
             scores.setdefault(method, []).extend(map(measure, images, part))
         if arguments.picture and first == 0:
@@ -111,9 +115,9 @@ def draw_cases(edit: str, count: int, seed: int) -> list[Case]:
 
 
 def edit(
-    loaded: tuple, cases: list[Case], arguments: argparse.Namespace, methods: Collection[str] | None = None
+    loaded: tuple, cases: list[Case], arguments: argparse.Namespace, methods: Collection[str]
 ) -> dict[str, np.ndarray]:
-    """The edited pictures [b, H, W, 3] by method; all methods, or those asked for."""
+    """The edited pictures [b, H, W, 3] by method."""
     model, clip, vae = loaded
     source, target = ([encode(clip, [case[side].caption for case in cases])] for side in (1, 2))
     negative = [encode(clip, [""])]
@@ -147,12 +151,11 @@ def edit(
     }
     runs = {RESAMPLED: (model, Guidance(source, None, 1.0))}
     runs |= {method: (edited, guided) for method, edited in models.items()}
-    if methods is None or {DIRECTION, GUIDED} & set(methods):
+    if {DIRECTION, GUIDED} & set(methods):
         moved = Guidance([[directed(clip, cases, source[0][0]), {}]], negative, arguments.cfg)
         keeping = attach_guide(model, pinned, CrossAttentionGuidance(0.3, 1.0, 64), False)
         runs |= {DIRECTION: (model, moved), GUIDED: (keeping, moved)}
-    chosen = {method: runs[method] for method in methods or runs}
-    return {method: decode(vae, sample(*run, noise, sigmas)) for method, run in chosen.items()}
+    return {method: decode(vae, sample(*runs[method], noise, sigmas)) for method in methods}
 
 
 def prompt_edit(clip, case: Case, alignment: str) -> PromptEdit:
@@ -235,7 +238,7 @@ def report(scores: dict[str, list[Score]], cases: list[Case]) -> None:
         )
         print(f"| {method} | {inside.mean():.1f} | {outside.mean():.1f} | {int(shown.sum())}/{len(rows)} | {by_kind} |")
     print("\n| paired difference | inside, dB | wins | outside, dB | wins |\n|---|---|---|---|---|")
-    for better, worse in COMPARED:
+    for better, worse in (pair for pair in COMPARED if set(pair) <= set(scores)):
         cells = []
         for field in ("inside", "outside"):
             pairs = zip(scores[better], scores[worse], strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,6 +64,17 @@ def test_runs_and_repeats_bit_for_bit(server: HostServer, name: str) -> None:
     reseed_samplers(prompt, 12345)
     again = saved_pictures(server, server.run(prompt))
     assert all(np.array_equal(one, other) for one, other in zip(pictures, again, strict=True))
+
+
+def test_gradients_leave_the_server_as_it_was(server: HostServer, tmp_path: Path) -> None:
+    """After workflows that take gradients an edit has the same bits as on a server that ran nothing else."""
+    for name in ("null-text", "pix2pix-zero"):
+        assert not server.run(api_form(name, steps=4)).errors
+    prompt = api_form("edit-real-image", steps=7)
+    after = saved_pictures(server, server.run(prompt))
+    with HostServer(tmp_path) as fresh:
+        alone = saved_pictures(fresh, fresh.run(prompt))
+    assert all(np.array_equal(one, other) for one, other in zip(after, alone, strict=True))
 
 
 def test_templates_are_served(server: HostServer) -> None:
