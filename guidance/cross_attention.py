@@ -27,7 +27,7 @@ class CrossAttentionGuidance:
     max_side: int
 
     def applies(self, fraction: float) -> bool:
-        return self.amount != 0 and fraction < self.end
+        return fraction < self.end
 
     def wants(self, layer: Layer) -> bool:
         return max(layer.height, layer.width) <= self.max_side

@@ -1,4 +1,4 @@
-"""Edit directions of pix2pix-zero (arXiv 2302.03027, section 3.1): the mean embedding of many sentences about the new
+"""Edit directions of pix2pix-zero (arXiv 2302.03027, section 3.2): the mean embedding of many sentences about the new
 thing less that of sentences about the old one, to be added to any prompt. Pure torch.
 """
 

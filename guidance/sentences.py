@@ -1,6 +1,6 @@
 """The sentences that an edit direction is the mean of: typed ones as they are, or words put into ready ones.
 
-pix2pix-zero (arXiv 2302.03027, section 3.1) has a language model write a thousand of them. A fixed list does without.
+pix2pix-zero (arXiv 2302.03027, section 3.2) has a language model write a thousand of them. A fixed list does without.
 """
 
 from __future__ import annotations

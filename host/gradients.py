@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,7 @@ from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 KEY = "palimpsest.gradients"
@@ -36,11 +36,28 @@ def differentiable(model: ModelPatcher, checkpointing: bool) -> ModelPatcher:
             for kind in ("weight", "bias"):
                 if getattr(module, kind, None) is not None:
                     model.add_weight_wrapper(f"{name}.{kind}", _saveable)
-    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _differentiable_call)
-    if checkpointing:
-        model.set_model_forward_timestep_embed_patch((ResBlock, _checkpointed_residual))
-        model.set_model_forward_timestep_embed_patch((SpatialTransformer, _checkpointed_transformer))
+    layers = [(ResBlock, _checkpointed_residual), (SpatialTransformer, _checkpointed_transformer)]
+
+    def call(executor, x: Tensor, timesteps: Tensor, context, y, control, transformer_options: dict, **kwargs):
+        if torch.is_inference_mode_enabled():
+            return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+        x, timesteps, context, y = (
+            t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in (x, timesteps, context, y)
+        )
+        options = {**transformer_options, "optimized_attention_override": _with_backward}
+        if checkpointing and torch.is_grad_enabled():
+            options = _with_patches(options, "forward_timestep_embed_patch", after=layers)
+        if control is not None and "output" in control:
+            control, options = _added_later(control, options)
+        return executor(x, timesteps, context, y, control, options, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, call)
     return model
+
+
+def constant_control(cond: dict) -> dict:
+    """A processed conditioning whose ControlNet, if it has one, is a constant to autograd."""
+    return {**cond, "control": _Constant(cond["control"])} if "control" in cond else cond
 
 
 def _saveable(weight: Tensor) -> Tensor:
@@ -48,29 +65,18 @@ def _saveable(weight: Tensor) -> Tensor:
 
 
 def _checkpointed_residual(layer: ResBlock, x: Tensor, emb: Tensor, *args) -> Tensor:
-    return _checkpointed(layer, x, emb)
+    return checkpoint(layer, x, emb, use_reentrant=False)
 
 
 def _checkpointed_transformer(layer: SpatialTransformer, x: Tensor, emb: Tensor, context: Tensor, options: dict, *args):
-    return _checkpointed(layer, x, context, dict(options))  # the host writes the next block's name into its own
+    own = dict(options)  # the host writes the next block's name into its own, before this one runs again
+    options["transformer_index"] += 1  # as the host does behind each layer that it calls itself
+    return checkpoint(layer, x, context, own, use_reentrant=False)
 
 
-def _checkpointed(layer: nn.Module, *args) -> Tensor:
-    return checkpoint(layer, *args, use_reentrant=False) if torch.is_grad_enabled() else layer(*args)
-
-
-def _differentiable_call(
-    executor, x: Tensor, timesteps: Tensor, context, y, control, transformer_options: dict, **kwargs
-):
-    if torch.is_inference_mode_enabled():
-        return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
-    x, timesteps, context, y = (
-        t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in (x, timesteps, context, y)
-    )
-    options = {**transformer_options, "optimized_attention_override": _with_backward}
-    if control is not None and "output" in control:
-        control, options = _added_later(control, options)
-    return executor(x, timesteps, context, y, control, options, **kwargs)
+def _with_patches(options: dict, name: str, before: Sequence = (), after: Sequence = ()) -> dict:
+    patches = options.get("patches", {})
+    return {**options, "patches": {**patches, name: [*before, *patches.get(name, []), *after]}}
 
 
 def _added_later(control: dict, options: dict) -> tuple[dict, dict]:
@@ -81,9 +87,7 @@ def _added_later(control: dict, options: dict) -> tuple[dict, dict]:
         part = parts.pop() if parts else None
         return h, skip if part is None else skip + part
 
-    patches = options.get("patches", {})
-    patches = {**patches, "output_block_patch": [add, *patches.get("output_block_patch", [])]}
-    return {**control, "output": []}, {**options, "patches": patches}
+    return {**control, "output": []}, _with_patches(options, "output_block_patch", before=[add])
 
 
 def _with_backward(function: Callable, *args, **kwargs) -> Tensor:
@@ -91,7 +95,7 @@ def _with_backward(function: Callable, *args, **kwargs) -> Tensor:
     return attention_pytorch(*args, **kwargs)
 
 
-class Constant:
+class _Constant:
     """A ControlNet whose answer is a constant to autograd: gradients neither reach its weights nor pass through it."""
 
     def __init__(self, control: ControlBase) -> None:

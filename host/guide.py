@@ -15,7 +15,7 @@ from comfy.samplers import CFGGuider, Sampler, calc_cond_batch
 from torch import Tensor
 
 from . import source
-from .gradients import differentiable, gradients
+from .gradients import constant_control, differentiable, gradients
 from .layer import Layer
 from .maps import attention_maps
 from .patches import Measure, layer_of, with_measure
@@ -57,7 +57,10 @@ def _outer_sample(executor, noise: Tensor, latent_image: Tensor, sampler: Sample
     guider = executor.class_obj
     check_in_place(sampler, "Cross Attention Guidance")
     ((embedding, _),) = guider.model_options["transformer_options"][source.KEY].trajectory.conditioning
-    check_same_length(embedding.shape[1], guider.conds["positive"][0]["cross_attn"].shape[1])
+    positive = guider.conds["positive"][0]
+    check_same_length(embedding.shape[1], positive["cross_attn"].shape[1])
+    if "gligen" in positive:
+        raise ValueError("Cross Attention Guidance cannot work through GLIGEN: remove it from the target prompt.")
     return executor(noise, latent_image, sampler, *args, **kwargs)
 
 
@@ -80,7 +83,7 @@ def _gradient(
     """Of the summed losses of all images, whose parts do not touch: each image gets its own."""
     reference: dict[Layer, Tensor] = {}
     losses: dict[Layer, Tensor] = {}  # by layer: a checkpointed one is measured again for its gradient
-    (target,) = guider.conds["positive"]
+    target = constant_control(guider.conds["positive"][0])
 
     def see(maps: Tensor, layer: Layer) -> None:
         reference[layer] = maps

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Protocol
 
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from .refusals import check_same_model
+from .schedule import step_of
 from .trajectory import Trajectory
+
+KEY = "palimpsest.guided"
 
 
 class Rule(Protocol):
@@ -25,21 +29,35 @@ class Rule(Protocol):
 def attach_rule(model: ModelPatcher, rule: Rule, trajectory: Trajectory | None) -> ModelPatcher:
     """A clone of `model` that is guided by `rule`; without a trajectory nothing is pulled.
 
-    At cfg 1 there is no difference to shrink. Raises ValueError where the trajectory is another model's.
+    At cfg 1 there is no difference to shrink. Raises ValueError where the trajectory is another model's, or the model
+    has such a rule already.
     """
+    if KEY in model.wrappers.get(WrappersMP.PREDICT_NOISE, {}):
+        raise ValueError("This MODEL already carries a Proximal Guidance: one is enough, raise its quantile.")
     if trajectory is not None:
         check_same_model(model, trajectory)
 
+    def predict_noise(executor, x: Tensor, timestep: Tensor, model_options: dict, *args, **kwargs):
+        asked: list[bool] = []
+        options = {**model_options, "transformer_options": {**model_options["transformer_options"], KEY: asked}}
+        result = executor(x, timestep, options, *args, **kwargs)
+        if not asked:
+            raise ValueError(
+                f"Proximal Guidance has no effect in the guider {type(executor.class_obj).__name__}, which combines "
+                "predictions by itself: use CFGGuider or a KSampler."
+            )
+        return result
+
     def before(args: dict) -> list[Tensor]:
+        args["model_options"]["transformer_options"][KEY].append(True)
         positive, negative, *others = args["conds_out"]
         if args["conds"][1] is None:
             return args["conds_out"]
         return [negative + rule.shrunk(positive - negative), negative, *others]
 
     def after(args: dict) -> Tensor:
-        denoised, sigmas = args["denoised"], args["model_options"]["transformer_options"]["sample_sigmas"]
-        step = int((sigmas[:-1] > float(args["sigma"][0]) * (1 + 1e-4)).sum())
-        if args["uncond"] is None or not rule.pulls(step / (len(sigmas) - 1)):
+        denoised, steps = args["denoised"], trajectory.steps
+        if args["uncond"] is None or not rule.pulls(step_of(trajectory.sigmas, float(args["sigma"][0])) / steps):
             return denoised
         source = trajectory.states[-1].to(denoised)
         if source.shape[1:] != denoised.shape[1:] or len(source) not in (1, len(denoised)):
@@ -50,6 +68,7 @@ def attach_rule(model: ModelPatcher, rule: Rule, trajectory: Trajectory | None) 
         return rule.pulled(denoised, source, args["cond_denoised"] - args["uncond_denoised"])
 
     model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, predict_noise)
     model.set_model_sampler_pre_cfg_function(before)
     if trajectory is not None:
         model.set_model_sampler_post_cfg_function(after)

@@ -11,22 +11,31 @@ from comfy.sampler_helpers import convert_cond
 from comfy.samplers import CFGGuider
 from torch import Tensor
 
-KEY = "palimpsest.negatives"
+from .refusals import NEGATIVES as KEY
+from .refusals import check_plain, check_same_model, check_source, is_mixed
+from .schedule import step_of
+from .trajectory import Trajectory
 
 
-class Mixture(Protocol):
+class Share(Protocol):
     def at(self, step: int, steps: int) -> float:
-        """The share of the second prompt at a step, 0 to 1."""
+        """How much of the empty prompt there is at a step, 0 to 1."""
 
 
-def attach_mixture(model: ModelPatcher, second: list, mixture: Mixture, first: list | None = None) -> ModelPatcher:
-    """A clone of `model` whose negative prediction is mixed with that of the conditioning `second`.
+def attach_mixture(
+    model: ModelPatcher, empty: list, share: Share, trajectory: Trajectory | None = None
+) -> ModelPatcher:
+    """A clone of `model` whose negative prediction is mixed with that of the conditioning `empty`.
 
-    Where the share is 0 or 1 only one of them is run. `first` takes the place of the sampler's negative. Raises
-    ValueError where the model carries a mixture already.
+    Where the share is 0 or 1 only one of them is run. With a trajectory its prompt takes the place of the sampler's
+    negative, and its schedule is that of the shares. Raises ValueError where the model carries a mixture already, or
+    the trajectory is another model's.
     """
-    if KEY in model.wrappers.get(WrappersMP.CALC_COND_BATCH, {}):
+    if is_mixed(model):
         raise ValueError("This MODEL already carries a Negative Prompt Guidance: one is enough, remove the other.")
+    if trajectory is not None:
+        check_same_model(model, trajectory)
+        check_source(trajectory.conditioning)
 
     def outer_sample(executor, *args, **kwargs):
         guider = executor.class_obj
@@ -35,30 +44,27 @@ def attach_mixture(model: ModelPatcher, second: list, mixture: Mixture, first: l
                 f"Negative Prompt Guidance needs a negative to mix with, but the guider {type(guider).__name__} has "
                 "none: use CFGGuider or a KSampler."
             )
-        if first is not None:
-            guider.conds["negative"] = convert_cond(first)
-        guider.conds[KEY] = convert_cond(second)
-        options = guider.model_options["transformer_options"]  # the host's copy for this run alone
-        options[KEY] = guider
-        try:
-            return executor(*args, **kwargs)
-        finally:
-            del options[KEY], guider.conds[KEY]
+        check_plain(empty, "The empty prompt of Negative Prompt Guidance", guider.conds["negative"][0]["cross_attn"])
+        if trajectory is not None:
+            guider.conds["negative"] = convert_cond(trajectory.conditioning)
+        guider.conds[KEY] = convert_cond(empty)
+        guider.model_options["transformer_options"][KEY] = guider  # the host's copy for this run alone
+        return executor(*args, **kwargs)
 
     def calc_cond_batch(executor, base, conds: list, x: Tensor, timestep: Tensor, model_options: dict):
         options = model_options["transformer_options"]
         at = _negative(options.get(KEY), conds)
         if at is None:
             return executor(base, conds, x, timestep, model_options)
-        sigmas = options["sample_sigmas"]
-        step = int((sigmas[:-1] > float(timestep[0]) * (1 + 1e-4)).sum())
-        share, other = mixture.at(step, len(sigmas) - 1), options[KEY].conds[KEY]
-        if share == 0:
+        sigmas = options["sample_sigmas"] if trajectory is None else trajectory.sigmas
+        part = share.at(step_of(sigmas, float(timestep[0])), len(sigmas) - 1)
+        other = options[KEY].conds[KEY]
+        if part == 0:
             return executor(base, conds, x, timestep, model_options)
-        if share == 1:
+        if part == 1:
             return executor(base, [*conds[:at], other, *conds[at + 1 :]], x, timestep, model_options)
         *results, mixed = executor(base, [*conds, other], x, timestep, model_options)
-        results[at] = torch.lerp(results[at], mixed, share)
+        results[at] = torch.lerp(results[at], mixed, part)
         return results
 
     model = model.clone()

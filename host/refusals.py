@@ -7,6 +7,7 @@ import inspect
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from comfy.samplers import KSAMPLER, CFGGuider, Sampler
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from .trajectory import Trajectory
 # These take a noise sampler but draw nothing from it at their defaults.
 NOISELESS = {"sample_res_multistep", "sample_res_multistep_cfg_pp"}
 RANGES = ("start_percent", "end_percent")
+NEGATIVES = "palimpsest.negatives"  # key of Negative Prompt Guidance's wrappers
 GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
 
 
@@ -83,9 +85,16 @@ def check_source(conditioning: list) -> None:
         )
 
 
+def is_mixed(model: ModelPatcher) -> bool:
+    """Whether Negative Prompt Guidance is on this model."""
+    return NEGATIVES in model.wrappers.get(WrappersMP.CALC_COND_BATCH, {})
+
+
 def check_unguided(model: ModelPatcher) -> None:
     """Raises ValueError for models whose guidance another node changed: a trajectory is guided by its cfg alone."""
     found = [name for name in GUIDANCE if model.model_options.get(name)]
+    if is_mixed(model):
+        found.append("Negative Prompt Guidance")
     if found:
         raise ValueError(
             f"The MODEL to invert or record carries another node's guidance ({found[0]}), which bends the path: "

@@ -20,7 +20,7 @@ from comfy.samplers import Sampler, calc_cond_batch
 from comfy.utils import repeat_to_batch_size
 from torch import Tensor
 
-from ..host.gradients import Constant, differentiable, gradients
+from ..host.gradients import constant_control, differentiable, gradients
 from ..host.refusals import check_one_gpu, check_plain, check_same_model, check_source, check_unet, check_unguided
 from ..host.timed import timed
 from ..host.trajectory import Trajectory
@@ -118,8 +118,7 @@ class NullTextSampler(Sampler):
         sigma, sigma_next = self.pivot.sigmas[i : i + 2].tolist()
         x, pivot = (states.to(like, copy=True) for states in (self.states[i], self.pivot.states[i + 1]))
         positive, negative = (model_wrap.conds[name][0] for name in ("positive", "negative"))
-        if "control" in negative:
-            negative = {**negative, "control": Constant(negative["control"])}
+        negative = constant_control(negative)
 
         def denoise(cond: dict) -> Tensor:
             timestep = x.new_full((len(x),), sigma)

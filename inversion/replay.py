@@ -15,7 +15,7 @@ from ..host.trajectory import Trajectory
 from . import edict
 from .edict import Pair
 from .edit_friendly import independent_states, posterior
-from .run import Guidance, as_trajectory, check_inversion, run
+from .run import Guidance, as_trajectory, check_inversion, denoiser, run
 
 EDIT_FRIENDLY, EDICT = "Edit Friendly Inversion", "EDICT Inversion"
 
@@ -38,7 +38,7 @@ class EditFriendlySampler(Sampler):
         disable_pbar: bool = False,
     ) -> Tensor:
         check_replay(EDIT_FRIENDLY, self.trajectory, model_wrap.model_patcher, sigmas, latent_image, denoise_mask)
-        denoise = _denoiser(model_wrap, extra_args)
+        denoise = denoiser(model_wrap, extra_args)
         x = self.trajectory.states[0].to(latent_image).expand_as(latent_image).clone()
         levels = sigmas.tolist()
         for i, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False)):
@@ -68,7 +68,7 @@ class EditFriendlyWalk(Sampler):
         denoise_mask: Tensor | None = None,
         disable_pbar: bool = False,
     ) -> Tensor:
-        denoise = _denoiser(model_wrap, extra_args)
+        denoise = denoiser(model_wrap, extra_args)
         x, *wanted = independent_states(latent_image, sigmas, self.seed)
         self.states.append(x.to("cpu", torch.float32))
         levels = sigmas.tolist()
@@ -122,7 +122,7 @@ class EDICTSampler(Sampler):
 
         def predict(x: Tensor, sigma: float) -> Tensor:
             options = with_state(extra_args["model_options"], next(source))
-            return _denoiser(model_wrap, {**extra_args, "model_options": options})(x, sigma)
+            return denoiser(model_wrap, {**extra_args, "model_options": options})(x, sigma)
 
         coupled = _Coupled(predict, latent_image)
         pair = Pair(*(part.expand(latent_image.shape) for part in self.start))
@@ -154,7 +154,7 @@ class EDICTWalk(Sampler):
         denoise_mask: Tensor | None = None,
         disable_pbar: bool = False,
     ) -> Tensor:
-        denoise = _denoiser(model_wrap, extra_args)
+        denoise = denoiser(model_wrap, extra_args)
 
         def predict(x: Tensor, sigma: float) -> Tensor:
             self.seen.append(x.cpu())
@@ -198,10 +198,3 @@ class _Coupled:
         x = x.to(self.like)
         self.denoised = self.predict(x, sigma)
         return ((x - self.denoised) / sigma).cpu().double()
-
-
-def _denoiser(model_wrap, extra_args: dict) -> Callable[[Tensor, float], Tensor]:
-    def denoise(x: Tensor, sigma: float) -> Tensor:
-        return model_wrap(x, x.new_full((len(x),), sigma), **extra_args)
-
-    return denoise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import comfy.model_management
@@ -51,6 +52,15 @@ class Refinement(NamedTuple):
 PLAIN = Refinement()
 
 
+def denoiser(model_wrap, extra_args: dict) -> Callable[[Tensor, float], Tensor]:
+    """What a sampler is given, as a function of x [b, c, h, w] and sigma that returns the denoised estimate."""
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        return model_wrap(x, x.new_full((len(x),), sigma), **extra_args)
+
+    return denoise
+
+
 class InversionSampler(Sampler):
     """Walks up the sigmas it is given, from the image to the noise, and keeps every state. Made anew for each run."""
 
@@ -69,9 +79,7 @@ class InversionSampler(Sampler):
         denoise_mask: Tensor | None = None,
         disable_pbar: bool = False,
     ) -> Tensor:
-        def denoise(x: Tensor, sigma: float) -> Tensor:
-            return model_wrap(x, x.new_full((len(x),), sigma), **extra_args)
-
+        denoise = denoiser(model_wrap, extra_args)
         iterations, average, *weights = self.refinement
         generator = torch.Generator().manual_seed(0)  # the same shifts whenever the node runs again
 
@@ -151,7 +159,7 @@ def record(
         return executor(x, timestep, model_options, *args)
 
     model = model.clone()
-    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, keep)
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, f"{KEY}.record", keep)  # behind those that move x
     result = run(model, guidance, sampler, sigmas, noise, samples, seed)
     states[len(sigmas) - 1] = model.model.process_latent_in(result).to("cpu", torch.float32)
     if len(states) < len(sigmas):

@@ -59,5 +59,7 @@ class CrossAttentionGuidanceNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, trajectory, amount, end, max_side, checkpointing) -> io.NodeOutput:
+        if amount == 0:
+            return io.NodeOutput(model)
         guide = CrossAttentionGuidance(amount, end, max_side)
         return io.NodeOutput(attach_guide(model, trajectory, guide, checkpointing))

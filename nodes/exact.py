@@ -13,16 +13,12 @@ from ..inversion.ddim import leading_sigmas
 from ..inversion.replay import invert_edict, invert_edit_friendly
 from ..inversion.run import Guidance
 from . import sockets
-from .widgets import fraction, noise_and_sigmas
+from .widgets import fraction, image_to_invert, inverting_negative, noise_and_sigmas
 
 
 def common_inputs(steps: int, cfg: float) -> list[io.Input]:
     return [
-        io.Model.Input("model", tooltip="The model to invert with: the same one that you edit with, without edits."),
-        io.Conditioning.Input(
-            "source", tooltip="The prompt that says what the image shows: Prompt Edit's source output."
-        ),
-        io.Latent.Input("image", tooltip="The image or batch of images, from VAE Encode."),
+        *image_to_invert(),
         io.Int.Input(
             "steps",
             default=steps,
@@ -39,12 +35,6 @@ def common_inputs(steps: int, cfg: float) -> list[io.Input]:
             tooltip="Guidance while inverting. Sampled with the same, the source prompt gives the image back.",
         ),
     ]
-
-
-def negative_input() -> io.Input:
-    return io.Conditioning.Input(
-        "negative", optional=True, tooltip="Negative prompt while inverting; needed where cfg is not 1."
-    )
 
 
 def outputs(sampler: str) -> list[io.Output]:
@@ -87,7 +77,7 @@ class EditFriendlyInversion(io.ComfyNode):
                     control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="The seed of the noise: another seed, another edit.",
                 ),
-                negative_input(),
+                inverting_negative(),
                 io.Float.Input(
                     "eta",
                     default=1.0,
@@ -128,7 +118,7 @@ class EDICTInversion(io.ComfyNode):
             inputs=[
                 *common_inputs(steps=50, cfg=3.0),
                 fraction("strength", 0.8, "How much of the schedule is run. More lets the prompt change more."),
-                negative_input(),
+                inverting_negative(),
                 io.Float.Input(
                     "mixing",
                     default=0.93,

@@ -10,7 +10,6 @@ from ..guidance.negative_prompt import NPI, PRESETS, SCHEDULES, Mixture
 from ..guidance.proximal import Proximal
 from ..host.guided import attach_rule
 from ..host.negatives import attach_mixture
-from ..host.refusals import check_same_model
 from ..host.trajectory import Trajectory
 from . import sockets
 from .widgets import fraction
@@ -112,13 +111,9 @@ class NegativePromptGuider(io.ComfyNode):
 def _mixed(
     model: ModelPatcher, empty: list, preset: str, mixture: Mixture, trajectory: Trajectory | None
 ) -> ModelPatcher:
-    if trajectory is not None:
-        check_same_model(model, trajectory)
-    elif preset == NPI:
+    if preset == NPI and trajectory is None:
         raise ValueError(f"The preset {preset} takes the source prompt from a trajectory: connect the trajectory.")
-    return attach_mixture(
-        model, empty, PRESETS.get(preset, mixture), None if trajectory is None else trajectory.conditioning
-    )
+    return attach_mixture(model, empty, PRESETS.get(preset, mixture), trajectory)
 
 
 class ProximalGuidance(io.ComfyNode):

@@ -11,7 +11,7 @@ from ..host.model import noise_latent
 from ..inversion.ddim import leading_sigmas
 from ..inversion.run import Guidance, Refinement, invert, record
 from . import sockets
-from .widgets import noise_and_sigmas
+from .widgets import image_to_invert, inverting_negative, noise_and_sigmas
 
 LEADING = "ddim (diffusers leading)"
 
@@ -44,13 +44,7 @@ class DDIMInversion(io.ComfyNode):
                 "real image",
             ],
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="The model to invert with: the same one that you edit with, without edits."
-                ),
-                io.Conditioning.Input(
-                    "source", tooltip="The prompt that says what the image shows: Prompt Edit's source output."
-                ),
-                io.Latent.Input("image", tooltip="The image or batch of images, from VAE Encode."),
+                *image_to_invert(),
                 io.Int.Input(
                     "steps",
                     default=50,
@@ -77,9 +71,7 @@ class DDIMInversion(io.ComfyNode):
                         "the scheduler of your KSampler Advanced here, or use SamplerCustom."
                     ),
                 ),
-                io.Conditioning.Input(
-                    "negative", optional=True, tooltip="Negative prompt while inverting; needed where cfg is not 1."
-                ),
+                inverting_negative(),
                 io.Int.Input(
                     "iterations",
                     default=0,

@@ -12,6 +12,22 @@ def fraction(name: str, default: float, tooltip: str, advanced: bool = False) ->
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip, advanced=advanced)
 
 
+def image_to_invert() -> list[io.Input]:
+    return [
+        io.Model.Input("model", tooltip="The model to invert with: the same one that you edit with, without edits."),
+        io.Conditioning.Input(
+            "source", tooltip="The prompt that says what the image shows: Prompt Edit's source output."
+        ),
+        io.Latent.Input("image", tooltip="The image or batch of images, from VAE Encode."),
+    ]
+
+
+def inverting_negative() -> io.Input:
+    return io.Conditioning.Input(
+        "negative", optional=True, tooltip="Negative prompt while inverting; needed where cfg is not 1."
+    )
+
+
 def saved_name(default: str) -> io.String.Input:
     """Where a node writes to."""
     return io.String.Input(

@@ -68,8 +68,11 @@ def classic_run(
     attend: Attend,
     feature: Callable[[int, str, tuple, Tensor], Tensor] = lambda step, role, block, h: h,
     after: Callable[[int, Tensor], Tensor] = lambda step, x: x,
+    share: float = 0.0,
 ) -> Tensor:
     """The target's final x of DDIM in float64 (Euler in sigma); the source is its stored inversion at every step.
+
+    share: how much of the prompt parts.empty there is in the negative.
 
     Every row runs alone, source first, so that no context is tiled and nothing is shared but what `attend` and
     `feature` (step, role, block, residual features) keep.
@@ -94,20 +97,25 @@ def classic_run(
     x = parts.trajectory.states[0].double()
     for step, sigma in enumerate(sigmas[:-1]):
         rows = {"source": parts.trajectory.states[step].double(), "target": x, "negative": x}
+        if share:
+            rows["empty"] = x
         eps = {}
         for role, row in rows.items():
             eps[role] = predict(row, sigma, getattr(parts, role), {"patches_replace": replace})
-        x = x + (sigmas[step + 1] - sigma) * (eps["negative"] + cfg * (eps["target"] - eps["negative"]))
+        negative = eps["negative"] if not share else (1 - share) * eps["negative"] + share * eps["empty"]
+        x = x + (sigmas[step + 1] - sigma) * (negative + cfg * (eps["target"] - negative))
         x = after(step, x)
     return x
 
 
-def classic_p2p(parts: Parts, edited: MapEdit, self_: int, cfg: float, after: After | None = None) -> Tensor:
+def classic_p2p(
+    parts: Parts, edited: MapEdit, self_: int, cfg: float, after: After | None = None, share: float = 0.0
+) -> Tensor:
     """The target's final x: its cross-attention maps are edited(step, A_source, A_target), [b, heads, positions,
     tokens], its self-attention maps A_source for `self_` steps.
     """
     maps: dict[tuple, Tensor] = {}
-    attended: dict[str, list[Tensor]] = {"source": [], "target": [], "negative": []}
+    attended: dict[str, list[Tensor]] = {"source": [], "target": [], "negative": [], "empty": []}
 
     def attend(step: int, role: str, place: tuple, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         own, (kind, *_) = explicit(q, k), place
@@ -127,4 +135,4 @@ def classic_p2p(parts: Parts, edited: MapEdit, self_: int, cfg: float, after: Af
             layers.clear()
         return x
 
-    return classic_run(parts, cfg, attend, after=stepped)
+    return classic_run(parts, cfg, attend, after=stepped, share=share)

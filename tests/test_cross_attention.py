@@ -18,9 +18,11 @@ from palimpsest.attention.pnp import PlugAndPlay
 from palimpsest.guidance.cross_attention import CrossAttentionGuidance
 from palimpsest.host.guide import attach_guide
 from palimpsest.host.source import attach, attach_blend
+from palimpsest.host.unet import all_layers
 from palimpsest.inversion.run import Guidance, invert
 from palimpsest.nodes.cross_attention import CrossAttentionGuidanceNode
 from reference import explicit
+from test_composition import controlnet
 from test_source import some_mapper, swap
 from tiny import Tiny, conditioning, execute, rows_of, tiny_model
 
@@ -320,3 +322,40 @@ def test_a_patch_that_lengthens_the_prompt_inside_the_model_is_folded_or_refused
     torch.testing.assert_close(tiny.sample(tokens(154)), tiny.sample(guided(tiny)), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="changed the prompt from 77 to 80 tokens"):
         tiny.sample(tokens(80))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_keep_their_numbers(tiny: Tiny, checkpointing: bool) -> None:
+    """GLIGEN and others count transformers as the host does, in calls with and without a gradient."""
+    seen: dict[str, list[int]] = {"plain": [], "source": [], "target": []}
+
+    def note(n: Tensor, options: dict) -> Tensor:
+        kind = "plain" if torch.is_inference_mode_enabled() else "target" if torch.is_grad_enabled() else "source"
+        seen[kind].append(options["transformer_index"])
+        return n
+
+    model = tiny.model.clone()
+    model.set_model_patch(note, "middle_patch")
+    tiny.sample(guided(tiny, checkpointing=checkpointing, model=model))
+    layers = list(range(len(all_layers(tiny.model.model.diffusion_model))))
+    assert seen["plain"] == seen["source"] == layers * tiny.steps
+    again = sorted(layers, reverse=True) if checkpointing else []
+    assert seen["target"] == (layers + again) * tiny.steps
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_controlnet_of_the_target_guides_too(tiny: Tiny, checkpointing: bool) -> None:
+    control, calls = controlnet()
+    target = [[tiny.target[0][0], {"control": control, "control_apply_to_uncond": True}]]
+    model = guided(tiny, checkpointing=checkpointing)
+    result = tiny.sample(model, positive=target)
+    assert calls
+    assert torch.isfinite(result).all()
+    assert not torch.allclose(result, tiny.sample(model), rtol=1e-3)
+    assert not torch.allclose(result, tiny.sample(tiny.model, positive=target), rtol=1e-3)
+
+
+def test_gligen_is_refused(tiny: Tiny) -> None:
+    target = [[tiny.target[0][0], {"gligen": ("position", None, [])}]]
+    with pytest.raises(ValueError, match="Cross Attention Guidance cannot work through GLIGEN"):
+        tiny.sample(guided(tiny), positive=target)

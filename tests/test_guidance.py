@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
 from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
-from comfy.samplers import CFGGuider
-from comfy_extras.nodes_custom_sampler import Guider_Basic
+from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
 from torch import Tensor
 
+from palimpsest.attention.local_blend import LocalBlend
+from palimpsest.attention.p2p import Window
 from palimpsest.attention.pnp import PlugAndPlay
+from palimpsest.guidance.cross_attention import CrossAttentionGuidance
 from palimpsest.guidance.negative_prompt import CONSTANT, EXPONENTIAL, LINEAR, NPI, Mixture
 from palimpsest.guidance.proximal import Proximal
+from palimpsest.host.guide import attach_guide
 from palimpsest.host.guided import attach_rule
 from palimpsest.host.negatives import attach_mixture
-from palimpsest.host.source import attach
+from palimpsest.host.schedule import step_of
+from palimpsest.host.source import attach, attach_blend
+from palimpsest.host.timed import timed
 from palimpsest.inversion.run import Guidance, invert
 from palimpsest.nodes.guidance import NegativePromptGuidance, NegativePromptGuider, ProximalGuidance
-from reference import in_float64
-from test_source import split, swap
+from reference import classic_p2p, in_float64, swapped
+from test_source import NEVER, some_mapper, split, swap
 from tiny import Tiny, conditioning, execute, rows_of, tiny_model
 
 EMPTY = conditioning(7)
 CFG = 4.0
-PNP = PlugAndPlay((("output", 1),), (("output", 1), ("output", 2)), 0.8, 0.6)
 
 Combine = Callable[[int, Tensor, Callable[[list], Tensor]], Tensor]
 """Takes a step, x and a function from a prompt to its eps at x; returns the eps to step with."""
@@ -92,20 +95,82 @@ def test_negative_prompt_inversion_is_the_source_prompt_as_negative(tiny: Tiny) 
 
 
 @pytest.mark.parametrize("no_memory", [False, True])
-@pytest.mark.parametrize("edit", [swap(), PNP], ids=["p2p", "pnp"])
-def test_it_stands_beside_an_edit_in_either_order(
-    tiny: Tiny, edit, no_memory: bool, monkeypatch: pytest.MonkeyPatch
+def test_it_stands_beside_prompt_to_prompt_in_either_order(
+    tiny: Tiny, no_memory: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mixture = Mixture(0.6, CONSTANT)
-    expected = tiny.sample(attach(attach_mixture(tiny.model, EMPTY, mixture), tiny.trajectory, edit))
-    assert distance(tiny.sample(attach(tiny.model, tiny.trajectory, edit)), expected) > 1e-3
+    mapper, mixture = some_mapper(), Mixture(0.6, CONSTANT)
+    edit = swap(mapper, Window(0, 0.8), Window(0, 0.4))
+    tiny.empty = EMPTY
+    theirs = tiny.model.model.process_latent_out(classic_p2p(tiny, swapped(mapper, 4), 2, CFG, share=0.6))
     if no_memory:
         split(monkeypatch, tiny)
     for model in (
         attach(attach_mixture(tiny.model, EMPTY, mixture), tiny.trajectory, edit),
         attach_mixture(attach(tiny.model, tiny.trajectory, edit), EMPTY, mixture),
     ):
-        assert distance(tiny.sample(model), expected) < 1e-5
+        assert distance(tiny.sample(model), theirs) < 1e-4
+
+
+def test_edits_of_all_rows_reach_the_empty_one_too(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the negative itself for the empty prompt a mixture is no other than the negative alone."""
+    pnp = PlugAndPlay((("output", 1),), (("output", 1), ("output", 2)), 0.8, 0.6)
+    expected = tiny.sample(attach(tiny.model, tiny.trajectory, pnp))
+    mixed = attach(attach_mixture(tiny.model, tiny.negative, Mixture(0.6, CONSTANT)), tiny.trajectory, pnp)
+    assert distance(tiny.sample(mixed), expected) < 1e-5
+    split(monkeypatch, tiny)
+    assert distance(tiny.sample(mixed), expected) < 1e-5
+
+
+def test_everything_on_one_model_in_any_order(tiny: Tiny) -> None:
+    """P2P, Local Blend by a mask, gradients on attention, a mixed negative, and a negative for each step."""
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :, 4:] = 1
+    blend = LocalBlend(None, 0, None, 0.3, 0.3, 0.2, 0, mask, False)
+    negatives = torch.stack([conditioning(20 + step)[0][0] for step in range(tiny.steps)])
+    percent_to_sigma = tiny.model.get_model_object("model_sampling").percent_to_sigma
+    negative = timed(negatives, {}, tiny.sigmas, percent_to_sigma)
+    parts: dict[str, Callable[[ModelPatcher], ModelPatcher]] = {
+        "p2p": lambda model: attach(model, tiny.trajectory, swap(some_mapper(), self_=NEVER)),
+        "blend": lambda model: attach_blend(model, tiny.trajectory, blend),
+        "guide": lambda model: attach_guide(model, tiny.trajectory, CrossAttentionGuidance(2.0, 1.0, 64), True),
+        "mixture": lambda model: attach_mixture(model, EMPTY, Mixture(0.5, CONSTANT)),
+    }
+
+    def sampled(names: Iterable[str], negative: list = negative) -> Tensor:
+        model = tiny.model
+        for name in names:
+            model = parts[name](model)
+        return tiny.sample(model, negative=negative)
+
+    together = sampled(parts)
+    for order in (("guide", "mixture", "blend", "p2p"), ("mixture", "blend", "p2p", "guide")):
+        assert distance(sampled(order), together) < 1e-4
+    for name in parts:
+        assert distance(sampled([other for other in parts if other != name]), together) > 1e-3, name
+    assert distance(sampled(parts, tiny.negative), together) > 1e-3
+
+
+def test_a_call_between_or_behind_the_steps_belongs_to_one(tiny: Tiny) -> None:
+    sigmas = tiny.sigmas
+    assert [step_of(sigmas, float(sigma)) for sigma in sigmas] == [0, 1, 2, 3, 4, 4]
+    assert step_of(sigmas, float(sigmas[1] + sigmas[2]) / 2) == 2
+    asked: list[tuple[int, float]] = []
+
+    class Noted(Mixture):
+        def at(self, step: int, steps: int) -> float:
+            asked.append((step, share := super().at(step, steps)))
+            return share
+
+    tiny.sample(attach_mixture(tiny.model, EMPTY, Noted(1.0, LINEAR)), sampler="heun")
+    assert {step for step, _ in asked} == {0, 1, 2, 3, 4}
+    assert all(0 <= share <= 1 for _, share in asked)
+
+
+def test_with_a_trajectory_the_schedule_is_that_of_the_whole_run(tiny: Tiny) -> None:
+    model = attach_mixture(tiny.model, EMPTY, Mixture(1.0, LINEAR), tiny.trajectory)
+    model = attach_rule(model, Proximal(0.7, 0.5, 0.6), tiny.trajectory)
+    halfway = tiny.sample(model, sigmas=tiny.sigmas[:3])
+    assert distance(tiny.sample(model, sigmas=tiny.sigmas[2:], noise=halfway), tiny.sample(model)) < 1e-5
 
 
 def test_the_guider_equals_the_patch(tiny: Tiny) -> None:
@@ -118,22 +183,18 @@ def test_the_guider_equals_the_patch(tiny: Tiny) -> None:
     assert torch.equal(result, tiny.sample(model))
 
 
-def test_an_interrupt_leaves_nothing_behind(tiny: Tiny) -> None:
-    guider = CFGGuider(attach_mixture(tiny.model, EMPTY, Mixture(0.5, CONSTANT)))
-    guider.set_conds(tiny.target, tiny.negative)
-    guider.set_cfg(CFG)
-    keys = set(guider.model_options["transformer_options"])
-
-    def interrupt(*args) -> None:
-        raise comfy.model_management.InterruptProcessingException
-
-    euler, zeros = comfy.samplers.sampler_object("euler"), torch.zeros_like(tiny.noise)
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
-        guider.sample(zeros, tiny.noise, euler, tiny.sigmas, callback=interrupt, disable_pbar=True, seed=0)
-    assert set(guider.model_options["transformer_options"]) == keys
-    assert set(guider.original_conds) == {"positive", "negative"}
-    again = guider.sample(zeros, tiny.noise, euler, tiny.sigmas, disable_pbar=True, seed=0)
-    assert torch.equal(again, tiny.sample(guider.model_patcher))
+@pytest.mark.parametrize(
+    ("empty", "said"),
+    [
+        ([[EMPTY[0][0], {"start_percent": 0.5}]], "carries 'start_percent'"),
+        ([[EMPTY[0][0], {"area": (4, 4, 0, 0)}]], "carries 'area'"),
+        ([], "has 0 entries"),
+        ([[torch.zeros(1, 77, 32), {}]], "has embeddings of 32 channels"),
+    ],
+)
+def test_other_than_a_plain_empty_prompt_is_refused(tiny: Tiny, empty: list, said: str) -> None:
+    with pytest.raises(ValueError, match=f"The empty prompt of Negative Prompt Guidance {said}"):
+        tiny.sample(attach_mixture(tiny.model, empty, Mixture(0.5, CONSTANT)))
 
 
 def test_refusals(tiny: Tiny) -> None:
@@ -212,7 +273,21 @@ def test_proximal_guidance_refuses_other_images(tiny: Tiny) -> None:
         execute(ProximalGuidance, model=tiny_model(seed=1), trajectory=tiny.trajectory)
 
 
-def test_models_with_changed_guidance_are_not_inverted(tiny: Tiny) -> None:
-    model: ModelPatcher = attach_rule(tiny.model, Proximal(0.7, 0.1, 0.0), None)
-    with pytest.raises(ValueError, match="carries another node's guidance"):
-        invert(model, Guidance(tiny.source, None, 1.0), tiny.image, tiny.sigmas)
+@pytest.mark.parametrize("found", ["sampler_pre_cfg_function", "Negative Prompt Guidance"])
+def test_models_with_changed_guidance_are_not_inverted(tiny: Tiny, found: str) -> None:
+    proximal = attach_rule(tiny.model, Proximal(0.7, 0.1, 0.0), None)
+    mixed = attach_mixture(tiny.model, EMPTY, Mixture(0.5, CONSTANT))
+    with pytest.raises(ValueError, match=f"carries another node's guidance .*{found}"):
+        invert(mixed if "Prompt" in found else proximal, Guidance(tiny.source, None, 1.0), tiny.image, tiny.sigmas)
+
+
+def test_proximal_guidance_refuses_what_it_cannot_reach(tiny: Tiny) -> None:
+    model = attach_rule(tiny.model, Proximal(0.7, 0.1, 0.0), None)
+    with pytest.raises(ValueError, match="already carries a Proximal Guidance"):
+        attach_rule(model, Proximal(0.7, 0.1, 0.0), None)
+    guider = Guider_DualCFG(model)
+    guider.set_conds(tiny.target, tiny.source, tiny.negative)
+    guider.set_cfg(4.0, 2.0)
+    euler = comfy.samplers.sampler_object("euler")
+    with pytest.raises(ValueError, match="Proximal Guidance has no effect in the guider Guider_DualCFG"):
+        guider.sample(torch.zeros_like(tiny.noise), tiny.noise, euler, tiny.sigmas, disable_pbar=True, seed=0)
