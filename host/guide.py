@@ -18,6 +18,7 @@ from . import source
 from .gradients import constant_control, differentiable, gradients
 from .layer import Layer
 from .maps import attention_maps
+from .model import add_outermost
 from .patches import Measure, layer_of, with_measure
 from .refusals import check_in_place, check_one_state, check_positions_kept, check_prompt_kept, check_same_length
 from .trajectory import Trajectory
@@ -48,7 +49,7 @@ def attach_guide(model: ModelPatcher, trajectory: Trajectory, guide: Guide, chec
         raise ValueError("This MODEL already carries a Cross Attention Guidance: one has to do, with a larger amount.")
     model = differentiable(model, checkpointing)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
-    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
+    add_outermost(model, WrappersMP.PREDICT_NOISE, KEY, _predict_noise)  # Local Blend has the last word
     model.model_options["transformer_options"] |= {source.KEY: branch, KEY: guide}
     return model
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import comfy.model_sampling as sampling
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -28,6 +30,13 @@ def identity(model: ModelPatcher) -> ModelIdentity:
     parameters = list(model.model.diffusion_model.parameters())
     weights = [p.detach().flatten()[:32].to("cpu", torch.float32) for p in (parameters[0], parameters[-1])]
     return ModelIdentity(type(model.model).__name__, prediction_type(model), torch.cat(weights))
+
+
+def add_outermost(model: ModelPatcher, kind: str, key: str, wrapper: Callable) -> None:
+    """Adds a wrapper around all others of its kind that are on the model, whichever node came first."""
+    model.add_wrapper_with_key(kind, key, wrapper)
+    wrappers = model.wrappers[kind]
+    model.wrappers[kind] = {key: wrappers.pop(key), **wrappers}
 
 
 def noise_latent(model: ModelPatcher, trajectory: Trajectory) -> Tensor:

@@ -11,6 +11,7 @@ from comfy.sampler_helpers import convert_cond
 from comfy.samplers import CFGGuider
 from torch import Tensor
 
+from .model import add_outermost
 from .refusals import NEGATIVES as KEY
 from .refusals import check_plain, check_same_model, check_source, is_mixed
 from .schedule import step_of
@@ -69,10 +70,8 @@ def attach_mixture(
 
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
-    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, calc_cond_batch)
-    # Outermost: an edit's source branch has to see every row of the call.
-    wrappers = model.wrappers[WrappersMP.CALC_COND_BATCH]
-    model.wrappers[WrappersMP.CALC_COND_BATCH] = {KEY: wrappers.pop(KEY), **wrappers}
+    # An edit's source branch has to see every row of the call.
+    add_outermost(model, WrappersMP.CALC_COND_BATCH, KEY, calc_cond_batch)
     return model
 
 

@@ -159,7 +159,7 @@ def record(
         return executor(x, timestep, model_options, *args)
 
     model = model.clone()
-    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, f"{KEY}.record", keep)  # behind those that move x
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, keep)
     result = run(model, guidance, sampler, sigmas, noise, samples, seed)
     states[len(sigmas) - 1] = model.model.process_latent_in(result).to("cpu", torch.float32)
     if len(states) < len(sigmas):

@@ -17,6 +17,7 @@ from palimpsest.attention.local_blend import LocalBlend
 from palimpsest.attention.pnp import PlugAndPlay
 from palimpsest.guidance.cross_attention import CrossAttentionGuidance
 from palimpsest.host.guide import attach_guide
+from palimpsest.host.model import add_outermost
 from palimpsest.host.source import attach, attach_blend
 from palimpsest.host.unet import all_layers
 from palimpsest.inversion.run import Guidance, invert
@@ -46,9 +47,8 @@ def watched(tiny: Tiny, attach_it) -> tuple:
 
         return wrapper
 
-    model = tiny.model.clone()
-    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test.before", keep(before))
-    model = attach_it(model)
+    model = attach_it(tiny.model)
+    add_outermost(model, WrappersMP.PREDICT_NOISE, "test.before", keep(before))
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test.after", keep(after))
     return model, before, after
 
