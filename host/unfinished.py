@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 
 import folder_paths
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,14 +23,29 @@ class Unfinished:
         self.path = folder / f"{kind}-{digest.hexdigest()[:32]}.safetensors"
 
     def load(self) -> dict[str, Tensor]:
-        """What was kept, or nothing."""
-        return load_file(self.path) if self.path.exists() else {}
+        """What was kept; nothing where there is no file, or one that cannot be read."""
+        try:
+            # Copies: a file that tensors map can be neither replaced nor removed on Windows.
+            return {name: tensor.clone() for name, tensor in load_file(self.path).items()}
+        except FileNotFoundError:
+            return {}
+        except (SafetensorError, OSError) as error:
+            logging.warning("Palimpsest begins anew, as it cannot read %s: %s", self.path, error)
+            return {}
 
     def save(self, tensors: dict[str, Tensor]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Where that fails it is only logged: the run ends as it would have."""
         partial = self.path.with_suffix(".partial")
-        save_file(tensors, partial)
-        partial.replace(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, partial)
+            partial.replace(self.path)
+        except (SafetensorError, OSError) as error:
+            logging.warning("Palimpsest cannot keep the finished steps in %s: %s", self.path, error)
 
     def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+        """Fails as `save` does."""
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            logging.warning("Palimpsest cannot remove %s: %s", self.path, error)

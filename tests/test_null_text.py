@@ -29,6 +29,7 @@ from palimpsest.host.gradients import differentiable, gradients
 from palimpsest.host.model import noise_latent
 from palimpsest.host.source import attach
 from palimpsest.host.timed import timed
+from palimpsest.host.unfinished import Unfinished
 from palimpsest.inversion.ddim import leading_sigmas
 from palimpsest.inversion.null_text import Settings, distances, null_text
 from palimpsest.inversion.run import Guidance, invert
@@ -372,6 +373,53 @@ def test_a_run_goes_on_where_it_was_interrupted(interrupted: Tiny, temp: Path) -
     assert torch.equal(embeddings(resumed[0]), embeddings(whole[0]))
     assert torch.equal(resumed[1].states, whole[1].states)
     assert not list(temp.iterdir())
+
+
+def test_what_was_loaded_does_not_hang_on_its_file() -> None:
+    """Or the file could not be removed on Windows."""
+    kept, values = Unfinished("test", ()), torch.arange(1.0, 9.0)
+    kept.save({"values": values})
+    loaded = kept.load()["values"]
+    with kept.path.open("r+b") as file:
+        file.write(bytes(kept.path.stat().st_size))
+    assert torch.equal(loaded, values)
+
+
+@pytest.mark.parametrize("kept", [16, 200, -8], ids=["part of the header", "no tensors", "part of the tensors"])
+def test_a_damaged_file_counts_as_none(interrupted: Tiny, temp: Path, kept: int) -> None:
+    tiny, (path,) = interrupted, temp.iterdir()
+    path.write_bytes(path.read_bytes()[:kept])
+    counted, rows = rows_of(tiny.model)
+    null_text(counted, tiny.trajectory, tiny.negative, QUICK, True)
+    assert len(rows) == 1 + tiny.steps * EACH
+    assert not list(temp.iterdir())
+
+
+@pytest.fixture
+def no_folder(temp: Path) -> Path:
+    """A file in place of the folder: nothing can be kept."""
+    temp.write_text("")
+    return temp
+
+
+def test_an_interrupt_stays_one_where_nothing_can_be_kept(
+    tiny: Tiny, no_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(InterruptProcessingException):
+        null_text(stopping(tiny.model, 1 + EACH), tiny.trajectory, tiny.negative, QUICK, True)
+    assert "cannot keep the finished steps" in caplog.text
+
+
+def test_a_result_stays_one_where_its_file_cannot_be_removed(
+    interrupted: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(f"{path} is in use")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    negative, _ = null_text(interrupted.model, interrupted.trajectory, interrupted.negative, QUICK, True)
+    assert len(negative) == interrupted.steps
+    assert "cannot remove" in caplog.text
 
 
 def test_a_run_of_other_inputs_begins_anew(interrupted: Tiny) -> None:
