@@ -19,12 +19,9 @@ TICKS = 10
 
 def error_plot(curves: dict[str, Tensor]) -> Tensor:
     """[b, h, w, 3] in 0..1: a picture for each image. curves: two, by name, [b, n + 1] from the noise to the image."""
-    pictures = [_draw({name: values[image].tolist() for name, values in curves.items()}) for image in range(_b(curves))]
+    images = len(next(iter(curves.values())))
+    pictures = [_draw({name: values[image].tolist() for name, values in curves.items()}) for image in range(images)]
     return torch.from_numpy(np.stack([np.asarray(picture, np.float32) / 255 for picture in pictures]))
-
-
-def _b(curves: dict[str, Tensor]) -> int:
-    return len(next(iter(curves.values())))
 
 
 def _draw(curves: dict[str, list[float]]) -> Image.Image:
