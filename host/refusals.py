@@ -77,7 +77,7 @@ def check_source(conditioning: list) -> None:
             "with a single prompt, not with combined conditionings."
         )
     options = conditioning[0][1]
-    found = [name for name in ("hooks", "area", *RANGES) if options.get(name) is not None]
+    found = [name for name in ("hooks", "area", "mask", *RANGES) if options.get(name) is not None]
     if found:
         raise ValueError(
             f"The trajectory's source conditioning carries '{found[0]}', but edits need a plain prompt: invert with "

@@ -101,7 +101,7 @@ class NullTextInversion(io.ComfyNode):
         cls, model, trajectory, empty, cfg, inner_steps, learning_rate, early_stop, start_from, checkpointing
     ) -> io.NodeOutput:
         settings = Settings(cfg, inner_steps, learning_rate, early_stop)
-        check(model, trajectory, empty, settings)
+        check(model, trajectory, empty, settings)  # the plot samples with it, wherever the negatives begin
         # The plot's other curve comes first: an interrupt later on loses nothing.
         noise = noise_latent(model, trajectory)
         guidance = Guidance(trajectory.conditioning, empty, cfg)

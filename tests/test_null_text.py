@@ -484,6 +484,11 @@ def test_refusals(tiny: Tiny) -> None:
     refused("carries 'start_percent'", empty=[[embedding, {"start_percent": 0.5}]])
     gligen = [[tiny.source[0][0], {"gligen": ("position", None, [])}]]
     refused("cannot work through GLIGEN", trajectory=tiny.trajectory._replace(conditioning=gligen))
+    for start_from in (EMPTY, SOURCE):
+        masked = [[tiny.source[0][0], {"mask": torch.ones(1, 8, 8)}]]
+        spoilt = tiny.trajectory._replace(conditioning=masked)
+        refused("source conditioning carries 'mask'", trajectory=spoilt, start_from=start_from)
+        refused("The empty prompt of Null Text Inversion carries 'mask'", empty=masked, start_from=start_from)
     refused("source conditioning has 2 entries", trajectory=tiny.trajectory._replace(conditioning=tiny.source * 2))
     assert not rows
 
