@@ -136,7 +136,13 @@ class NullTextSampler(Sampler):
                 each = settings.inner_steps + 1
                 callback(i * each + calls, denoised.detach(), x, self.pivot.steps * each)
             calls += 1
-            return x + (x - denoised) / sigma * (sigma_next - sigma)
+            reached = x + (x - denoised) / sigma * (sigma_next - sigma)
+            if not torch.isfinite(reached).all():
+                raise ValueError(
+                    f"{NODE} came to NaN or infinite values in step {i + 1} of {self.pivot.steps}, with learning_rate "
+                    f"{settings.learning_rate:g} and cfg {settings.cfg:g}: lower learning_rate, or cfg."
+                )
+            return reached
 
         start = (self.negatives[-1] if self.negatives else self.start).to(like, copy=True)
         signal = (1 + sigma_next**2) ** -0.5

@@ -493,6 +493,20 @@ def test_refusals(tiny: Tiny) -> None:
     assert not rows
 
 
+@pytest.mark.parametrize(("calls", "step"), [(3, 1), (EACH + 4, 2)])
+def test_an_update_that_ends_in_nan_is_refused_at_once(tiny: Tiny, calls: int, step: int) -> None:
+    """After the first update, and in the last look at a step, where no loss is taken any more."""
+    counted, rows = rows_of(tiny.model)
+
+    def overflow(executor, *args, **kwargs) -> Tensor:
+        return executor(*args, **kwargs) * (float("nan") if len(rows) > calls else 1.0)
+
+    counted.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test.nan", overflow)
+    with pytest.raises(ValueError, match=f"NaN or infinite values in step {step} of 5, with learning_rate 0.03"):
+        null_text(counted, tiny.trajectory, tiny.negative, QUICK._replace(learning_rate=0.03), True)
+    assert len(rows) == calls + 1
+
+
 def test_distances_are_those_of_z(tiny: Tiny) -> None:
     moved = tiny.trajectory._replace(states=tiny.trajectory.states + 2)
     expected = 2 / (1 + tiny.sigmas**2).sqrt()
