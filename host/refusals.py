@@ -102,6 +102,15 @@ def check_unguided(model: ModelPatcher) -> None:
         )
 
 
+def check_attention(model: ModelPatcher, node: str) -> None:
+    """Raises ValueError for models whose attention another node replaced: gradients are those of the host's own."""
+    if model.model_options["transformer_options"].get("optimized_attention_override") is not None:
+        raise ValueError(
+            f"This MODEL carries another node's attention override, but {node} takes gradients, which need the host's "
+            "own attention: connect the MODEL from before that node."
+        )
+
+
 def check_one_gpu(model: ModelPatcher) -> None:
     """Raises ValueError for models that the host spreads over several GPUs."""
     if model.get_additional_models_with_key("multigpu"):

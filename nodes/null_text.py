@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..host.model import noise_latent
 from ..inversion.error_plot import error_plot
-from ..inversion.null_text import Settings, check, distances, null_text
+from ..inversion.null_text import Settings, check, check_pivot, distances, null_text
 from ..inversion.run import Guidance, record
 from . import sockets
 
@@ -102,6 +102,7 @@ class NullTextInversion(io.ComfyNode):
     ) -> io.NodeOutput:
         settings = Settings(cfg, inner_steps, learning_rate, early_stop)
         check(model, trajectory, empty, settings)  # the plot samples with it, wherever the negatives begin
+        check_pivot(model, trajectory)
         # The plot's other curve comes first: an interrupt later on loses nothing.
         noise = noise_latent(model, trajectory)
         guidance = Guidance(trajectory.conditioning, empty, cfg)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +16,8 @@ import torch
 from comfy.model_base import ModelType
 from comfy.model_management import InterruptProcessingException
 from comfy.model_patcher import ModelPatcher
-from comfy.model_sampling import V_PREDICTION
 from comfy.patcher_extension import WrappersMP
-from torch import Tensor, nn
+from torch import Tensor
 
 from palimpsest.benchmarks import reconstruction
 from palimpsest.benchmarks.edits import encode
@@ -31,10 +29,12 @@ from palimpsest.host.source import attach
 from palimpsest.host.timed import timed
 from palimpsest.host.unfinished import Unfinished
 from palimpsest.inversion.ddim import leading_sigmas
-from palimpsest.inversion.null_text import Settings, distances, null_text
-from palimpsest.inversion.run import Guidance, invert
+from palimpsest.inversion.null_text import Settings, check_pivot, distances, null_text
+from palimpsest.inversion.replay import invert_edit_friendly
+from palimpsest.inversion.run import Guidance, Refinement, invert
 from palimpsest.nodes.inversion import LEADING
 from palimpsest.nodes.null_text import EMPTY, SOURCE, NullTextInversion
+from reference import in_float64
 from test_composition import controlnet
 from test_source import swap
 from tiny import Tiny, conditioning, execute, rows_of, tiny_model
@@ -61,36 +61,20 @@ def embeddings(negative: list) -> Tensor:
 # --- the algorithm ---------------------------------------------------------------------------------------------------
 
 
-def network(model: ModelPatcher) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """eps(x, sigma, context) of a float64 copy, for x in sampler space."""
-    unet: nn.Module = pickle.loads(pickle.dumps(model.model.diffusion_model)).double()
-    unet.dtype = torch.float64
-    sampling = model.get_model_object("model_sampling")
-    table = sampling.sigmas.double().clone()
-
-    def eps(x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
-        timestep = (table - sigma).abs().argmin()[None].double()
-        signal = (1 + sigma**2) ** -0.5
-        output = unet(x * signal, timestep, context)
-        return signal * (output + sigma * x * signal) if isinstance(sampling, V_PREDICTION) else output
-
-    return eps
-
-
 def written_out(tiny: Tiny, start: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """Algorithm 1 in z for one image in float64, with Adam by hand: negatives and states as x."""
     with gradients():
-        eps = network(tiny.model)
+        _, eps = in_float64(tiny.model)
         sigmas, pivot = tiny.sigmas.double().clone(), tiny.trajectory.states.double().clone()
-        source, null = tiny.source[0][0].double().clone(), start.double().clone()
+        source, null = [[tiny.source[0][0].double().clone(), {}]], start.double().clone()
         signal = (1 + sigmas**2) ** -0.5
         z = pivot[0] * signal[0]
         negatives, states = [], [pivot[0]]
         for i in range(len(sigmas) - 1):
-            conditional = eps(z / signal[i], sigmas[i], source).detach()
+            conditional = eps(z / signal[i], sigmas[i], source, {}).detach()
 
             def stepped(null: Tensor, i: int = i, z: Tensor = z, conditional: Tensor = conditional) -> Tensor:
-                unconditional = eps(z / signal[i], sigmas[i], null)
+                unconditional = eps(z / signal[i], sigmas[i], [[null, {}]], {})
                 e = unconditional + settings.cfg * (conditional - unconditional)
                 noise, noise_next = sigmas[i] * signal[i], sigmas[i + 1] * signal[i + 1]
                 return signal[i + 1] / signal[i] * (z - noise * e) + noise_next * e
@@ -127,10 +111,10 @@ def test_gradients_are_those_of_finite_differences(kind: ModelType, checkpointin
         denoised = working.model.apply_model(at, level, c_crossattn=embedding, transformer_options={})
         (gradient,) = torch.autograd.grad((denoised * weight.clone()).sum(), embedding)
     comfy.model_management.load_models_gpu([model])
-    eps, level = network(model), torch.tensor(sigma).double()
+    (_, eps), level = in_float64(model), torch.tensor(sigma).double()
 
     def value(embedding: Tensor) -> Tensor:
-        return ((x - sigma * eps(x.double(), level, embedding)) * weight).sum()
+        return ((x - sigma * eps(x.double(), level, [[embedding, {}]], {})) * weight).sum()
 
     for _ in range(3):
         direction = torch.randn(where.shape, generator=generator).double()
@@ -465,9 +449,14 @@ def test_refusals(tiny: Tiny) -> None:
         with pytest.raises(ValueError, match=sentence):
             execute(NullTextInversion, **inputs)
 
+    def smoothed(function: Callable, q: Tensor, *args, **kwargs) -> Tensor:
+        return function(0.5 * q, *args, **kwargs)
+
     edited = attach(tiny.model, tiny.trajectory, swap())
     guided = tiny.model.clone()
     guided.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
+    overridden = counted.clone()
+    overridden.model_options["transformer_options"]["optimized_attention_override"] = smoothed
     spread = tiny.model.clone()
     spread.set_additional_models("multigpu", [tiny.model])
     embedding = tiny.negative[0][0]
@@ -475,6 +464,7 @@ def test_refusals(tiny: Tiny) -> None:
     refused("Null Text Inversion was given a MODEL that is already edited", model=edited)
     refused("carries another node's guidance", model=guided)
     refused("run on one GPU", model=spread)
+    refused("carries another node's attention override, but Null Text Inversion takes gradients", model=overridden)
     refused("made with another model", model=tiny_model(seed=9))
     refused("at cfg 1 has nothing to optimise", cfg=1.0)
     refused("at most 100", trajectory=long)
@@ -491,6 +481,34 @@ def test_refusals(tiny: Tiny) -> None:
         refused("The empty prompt of Null Text Inversion carries 'mask'", empty=masked, start_from=start_from)
     refused("source conditioning has 2 entries", trajectory=tiny.trajectory._replace(conditioning=tiny.source * 2))
     assert not rows
+
+
+@pytest.mark.parametrize("kind", [EPS, V])
+@pytest.mark.parametrize(("steps", "skipped"), [(10, 0), (20, 0), (20, 7)])
+def test_a_trajectory_of_independent_noises_is_refused(kind: ModelType, steps: int, skipped: int) -> None:
+    """That of Edit Friendly Inversion, also in one image of a batch; after two evaluations."""
+    tiny = Tiny(steps=steps, model=tiny_model(kind), batch=2)
+    tiny.sigmas = tiny.sigmas[skipped:]
+    guidance = Guidance(tiny.source, None, 1.0)
+    pivot, _ = invert_edit_friendly(tiny.model, guidance, tiny.image, tiny.sigmas, 1.0, seed=0)
+    plain = invert(tiny.model, guidance, tiny.image, tiny.sigmas).states
+    mixed = pivot._replace(states=torch.stack((plain[:, 0], pivot.states[:, 1]), 1))
+    counted, rows = rows_of(tiny.model)
+    for trajectory in (pivot, mixed):
+        with pytest.raises(ValueError, match="connect the trajectory of DDIM Inversion at cfg 1"):
+            execute(NullTextInversion, model=counted, trajectory=trajectory, empty=tiny.negative)
+    assert rows == [2] * 4
+
+
+@pytest.mark.parametrize("kind", [EPS, V])
+@pytest.mark.parametrize("steps", [1, 5, 10, 20])
+@pytest.mark.parametrize("refinement", [Refinement(), Refinement(3, 2)])
+def test_inversions_are_pivots(kind: ModelType, steps: int, refinement: Refinement) -> None:
+    tiny = Tiny(steps=1, model=tiny_model(kind))
+    sampling = tiny.model.get_model_object("model_sampling")
+    for sigmas in leading_sigmas(sampling.sigmas, steps), comfy.samplers.calculate_sigmas(sampling, "karras", steps):
+        pivot = invert(tiny.model, Guidance(tiny.source, None, 1.0), tiny.image, sigmas, refinement)
+        check_pivot(tiny.model, pivot)
 
 
 @pytest.mark.parametrize(("calls", "step"), [(3, 1), (EACH + 4, 2)])
