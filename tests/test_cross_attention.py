@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
-
 import comfy.ldm.modules.attention
 import comfy.model_management
 import pytest
 import torch
 from comfy.model_base import ModelType
-from comfy.model_sampling import V_PREDICTION
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -22,7 +19,7 @@ from palimpsest.host.source import attach, attach_blend
 from palimpsest.host.unet import all_layers
 from palimpsest.inversion.run import Guidance, invert
 from palimpsest.nodes.cross_attention import CrossAttentionGuidanceNode
-from reference import explicit
+from reference import explicit, in_float64
 from test_composition import controlnet
 from test_source import some_mapper, swap
 from tiny import Tiny, conditioning, execute, rows_of, tiny_model
@@ -58,10 +55,9 @@ class Classic:
 
     def __init__(self, tiny: Tiny, max_side: int = 64) -> None:
         self.tiny, self.max_side = tiny, max_side
-        self.sampling = tiny.model.get_model_object("model_sampling")
         with torch.inference_mode(False):
-            self.unet = pickle.loads(pickle.dumps(tiny.model.model.diffusion_model)).double().requires_grad_(False)
-        self.unet.dtype = torch.float64
+            unet, self.predict = in_float64(tiny.model)
+            unet.requires_grad_(False)
 
     def run(self, x: Tensor, step: int, prompt: list) -> tuple[Tensor, list[Tensor]]:
         """eps of x [b, c, h, w] at a step, and the maps [b, heads, positions, tokens] of each layer that counts."""
@@ -75,15 +71,8 @@ class Classic:
             return (own @ v).transpose(1, 2).flatten(2)
 
         blocks = [(name, i) for name in ("input", "middle", "output") for i in range(12)]
-        sigma = self.tiny.sigmas[step].double()
-        signal = (1 + sigma**2) ** -0.5
-        timestep = (self.sampling.sigmas.double() - sigma).abs().argmin()[None].double()
-        context = prompt[0][0].double().clone()
         options = {"patches_replace": {"attn2": dict.fromkeys(blocks, attend)}}
-        output = self.unet(x * signal, timestep, context, transformer_options=options)
-        if isinstance(self.sampling, V_PREDICTION):
-            output = signal * (output + sigma * x * signal)
-        return output, maps
+        return self.predict(x, self.tiny.sigmas[step].double(), prompt, options), maps
 
     def loss(self, x: Tensor, step: int) -> Tensor:
         """Mean over heads, sum over layers, positions and tokens, of what the two prompts' maps differ by, squared."""

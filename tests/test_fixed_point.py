@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-
 import pytest
 import torch
 from comfy.model_base import ModelType
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from palimpsest.inversion.run import Guidance, Refinement, invert
 from palimpsest.nodes.inversion import DDIMInversion
+from reference import in_float64
 from tiny import Tiny, execute, rows_of, tiny_model
 
 PREDICTIONS = pytest.mark.parametrize("kind", [ModelType.EPS, ModelType.V_PREDICTION])
@@ -25,8 +24,7 @@ def refined(tiny: Tiny, iterations: int, average: int = 1) -> Tensor:
 
 def classic(tiny: Tiny, iterations: int, average: int) -> list[Tensor]:
     """Every state in float64, in z: z_t is the DDIM step up along the mean of the last predictions."""
-    unet = pickle.loads(pickle.dumps(tiny.model.model.diffusion_model)).double()
-    unet.dtype = torch.float64
+    unet, _ = in_float64(tiny.model)
     sampling = tiny.model.get_model_object("model_sampling")
     table, context = sampling.sigmas.double(), tiny.source[0][0].double()
     sigmas = tiny.sigmas.double().flip(0)
