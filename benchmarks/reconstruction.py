@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +30,10 @@ NULL_TEXT, FROM_SOURCE = "null text, from the empty prompt", "null text, from th
 
 
 class Result(NamedTuple):
-    """Reconstructed latents [b, c, h, w], and the rows that the network ran for them, inversion not counted."""
+    """Reconstructed latents [b, c, h, w], and the rows that the network ran to find the negative.
+
+    Inversion and sampling are not counted, as they are the same for all.
+    """
 
     latents: Tensor
     forward: int
@@ -71,23 +73,25 @@ def reconstruct(
     pivot = invert(model, Guidance(source, None, 1.0), images, sigmas)
     noise = noise_latent(model, pivot)
 
-    def plain(model: ModelPatcher, negative: list) -> Tensor:
-        return sample(model, Guidance(source, negative, settings.cfg), noise, sigmas)
+    def result(negative: list, forward: int = 0, gradients: int = 0) -> Result:
+        """As the host's sampler gives it with this negative."""
+        return Result(sample(model, Guidance(source, negative, settings.cfg), noise, sigmas), forward, gradients)
 
-    def optimised(model: ModelPatcher, start: list) -> Tensor:
-        _, found = null_text(model, pivot, start, settings, checkpointing=True)
-        return model.model.process_latent_out(found.states[-1])
+    def optimised(start: list) -> Result:
+        counting, forward, gradients = counted(model)
+        negative, _ = null_text(counting, pivot, start, settings, checkpointing=True)
+        return result(negative, sum(forward), sum(gradients))
 
     return {
-        DDIM: counted(plain, model, empty),
-        SOURCE: counted(plain, model, source),
-        NULL_TEXT: counted(optimised, model, empty),
-        FROM_SOURCE: counted(optimised, model, source),
+        DDIM: result(empty),
+        SOURCE: result(source),
+        NULL_TEXT: optimised(empty),
+        FROM_SOURCE: optimised(source),
     }
 
 
-def counted(work: Callable[[ModelPatcher, list], Tensor], model: ModelPatcher, negative: list) -> Result:
-    """What `work` makes of the model and a negative, and the rows of the network's calls and gradients."""
+def counted(model: ModelPatcher) -> tuple[ModelPatcher, list[int], list[int]]:
+    """A clone of `model`, and lists that get the rows of every call of the network and of every gradient."""
     forward, gradients = [], []
 
     def watch(executor, x: Tensor, *args, **kwargs):
@@ -99,15 +103,15 @@ def counted(work: Callable[[ModelPatcher, list], Tensor], model: ModelPatcher, n
 
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "palimpsest.benchmark", watch)
-    latents = work(model, negative)
-    return Result(latents, sum(forward), sum(gradients))
+    return model, forward, gradients
 
 
 def report(vae, results: dict[str, list[tuple[Tensor, Result]]], arguments: argparse.Namespace) -> None:
-    """A Markdown table: means over scenes with standard errors, evaluations of the network an image."""
+    """A Markdown table: means over scenes with standard errors, evaluations of the network an image before sampling."""
     steps, inner, count = arguments.steps, arguments.inner, arguments.scenes
     print(f"\n{count} scenes, {steps} steps, cfg {arguments.cfg:g}, at most {inner} updates a step\n")
-    print("| negative | picture, dB | latent, mean squared error | evaluations | gradients |\n|---|---|---|---|---|")
+    print("| negative | picture, dB | latent, mean squared error | evaluations before sampling | gradients |")
+    print("|---|---|---|---|---|")
     for method, parts in results.items():
         errors = torch.cat([(result.latents - images).square().flatten(1).mean(1) for images, result in parts])
         pairs = [(decode(vae, result.latents), decode(vae, images)) for images, result in parts]
@@ -116,7 +120,7 @@ def report(vae, results: dict[str, list[tuple[Tensor, Result]]], arguments: argp
         picture, latent = mean(decibels, ".2f"), mean(errors.numpy(), ".5f")
         print(f"| {method} | {picture} | {latent} | {steps + runs[0]:.0f} | {runs[1]:.0f} |")
     most = steps + steps * (1 + inner + 2)
-    print(f"\nThe authors' code: at most {most} evaluations and {steps * inner} gradients an image.")
+    print(f"\nThe authors' code: at most {most} evaluations before sampling and {steps * inner} gradients an image.")
 
 
 def mean(values: np.ndarray, form: str) -> str:
