@@ -20,7 +20,14 @@ from .layer import Layer
 from .maps import attention_maps
 from .model import add_outermost
 from .patches import Measure, layer_of, with_measure
-from .refusals import check_in_place, check_one_state, check_positions_kept, check_prompt_kept, check_same_length
+from .refusals import (
+    check_attention,
+    check_in_place,
+    check_one_state,
+    check_positions_kept,
+    check_prompt_kept,
+    check_same_length,
+)
 from .trajectory import Trajectory
 
 KEY = f"{source.KEY}.guide"
@@ -57,6 +64,7 @@ def attach_guide(model: ModelPatcher, trajectory: Trajectory, guide: Guide, chec
 def _outer_sample(executor, noise: Tensor, latent_image: Tensor, sampler: Sampler, *args, **kwargs):
     guider = executor.class_obj
     check_in_place(sampler, "Cross Attention Guidance")
+    check_attention(guider.model_patcher, "Cross Attention Guidance")
     ((embedding, _),) = guider.model_options["transformer_options"][source.KEY].trajectory.conditioning
     positive = guider.conds["positive"][0]
     check_same_length(embedding.shape[1], positive["cross_attn"].shape[1])

@@ -344,7 +344,11 @@ def test_a_controlnet_of_the_target_guides_too(tiny: Tiny, checkpointing: bool) 
     assert not torch.allclose(result, tiny.sample(tiny.model, positive=target), rtol=1e-3)
 
 
-def test_gligen_is_refused(tiny: Tiny) -> None:
+def test_gligen_and_overridden_attention_are_refused(tiny: Tiny) -> None:
+    model = tiny.model.clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = lambda function, *args: function(*args)
+    with pytest.raises(ValueError, match="override, but Cross Attention Guidance takes gradients"):
+        tiny.sample(guided(tiny, model=model))
     target = [[tiny.target[0][0], {"gligen": ("position", None, [])}]]
     with pytest.raises(ValueError, match="Cross Attention Guidance cannot work through GLIGEN"):
         tiny.sample(guided(tiny), positive=target)
