@@ -6,10 +6,6 @@ pix2pix-zero (arXiv 2302.03027, section 3.2) has a language model write a thousa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from itertools import product
-
-from ..demo import scenes
 
 TEMPLATES = (
     "a photo of {}",
@@ -70,9 +66,6 @@ DETERMINED = re.compile(
 VOWEL = re.compile(
     "(?!eu|ewe|one-|once|uk|ufo|uni(?![dmn])|us[aeu]|uten)[aeiou]|hour|hono|hones|heir|x-", re.IGNORECASE
 )
-# Colours that things and grounds of a scene do not share: every sentence fits either side.
-GROUNDS = ("gray", "pink", "brown")
-THINGS = ("red", "purple", "black")
 
 
 def as_written(line: str) -> list[str]:
@@ -84,40 +77,8 @@ def templated(line: str) -> list[str]:
     return [template.format(with_article(line)) for template in TEMPLATES]
 
 
-def demo_captions(line: str) -> list[str]:
-    """Every Demo Scene caption that shows the line's thing or ground, with the other words varied.
-
-    The line may leave out colour or shape of a thing. Raises ValueError for other words than those of demo scenes.
-    """
-    words = line.lower().removeprefix("a ").split()
-    *others, last = words
-    if last == "background":
-        captions = [_spoken("a", color, shape, "on a", *words) for color in THINGS for shape in scenes.SHAPES]
-    else:
-        others, shapes = (others, [last]) if last in scenes.SHAPES else (words, scenes.SHAPES)
-        colors = [""] if set(others) & set(scenes.COLORS) else scenes.COLORS
-        captions = [
-            _spoken("a", *others, color, shape, "on a", texture, ground, "background")
-            for color, shape, texture, ground in product(colors, shapes, scenes.TEXTURES, GROUNDS)
-        ]
-    for caption in captions:
-        scenes.parse(caption, 0)
-    return captions
-
-
-SENTENCES: dict[str, Callable[[str], list[str]]] = {
-    "as written": as_written,
-    "templates": templated,
-    "demo captions": demo_captions,
-}
-
-
 def with_article(phrase: str) -> str:
     """ "cat" as "a cat", "old cat" as "an old cat"; "the cat" and "two cats" as they are."""
     if DETERMINED.match(phrase):
         return phrase
     return f"an {phrase}" if VOWEL.match(phrase) else f"a {phrase}"
-
-
-def _spoken(*words: str) -> str:
-    return " ".join(filter(None, words))

@@ -118,7 +118,7 @@ def check_one_gpu(model: ModelPatcher) -> None:
 
 
 def check_plain(conditioning: list, name: str, like: Tensor) -> None:
-    """Raises ValueError where a conditioning is not one plain prompt as wide as the embedding `like`."""
+    """Raises ValueError where a conditioning is not one plain prompt as wide as `like`, the embedding it is used with."""
     if len(conditioning) != 1:
         raise ValueError(
             f"{name} has {len(conditioning)} entries: connect one plain prompt, not combined conditionings."
@@ -128,7 +128,7 @@ def check_plain(conditioning: list, name: str, like: Tensor) -> None:
         raise ValueError(f"{name} carries '{found[0]}': connect a plain prompt, straight from CLIP Text Encode.")
     if embedding.shape[-1] != like.shape[-1]:
         raise ValueError(
-            f"{name} has embeddings of {embedding.shape[-1]} channels but the source prompt has {like.shape[-1]}: "
+            f"{name} has embeddings of {embedding.shape[-1]} channels but the prompt beside it has {like.shape[-1]}: "
             "encode both with the CLIP that belongs to the MODEL."
         )
 

@@ -6,13 +6,15 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io
 
+from ..demo.captions import demo_captions
 from ..guidance.direction import EditDirection, Embedded, apply, combine, direction_between
-from ..guidance.sentences import SENTENCES
+from ..guidance.sentences import as_written, templated
 from . import files, sockets
 from .widgets import saved_file, saved_name
 
 NONE = "none"
 NODE = "Edit Direction from Prompts"
+SENTENCES = {"as written": as_written, "templates": templated, "demo captions": demo_captions}
 
 
 class EditDirectionFromPrompts(io.ComfyNode):

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from palimpsest.demo import scenes
+from palimpsest.demo.captions import demo_captions
 from palimpsest.guidance.direction import EditDirection, Embedded, apply, combine, direction_between
-from palimpsest.guidance.sentences import TEMPLATES, demo_captions, templated, with_article
+from palimpsest.guidance.sentences import TEMPLATES, templated, with_article
 from palimpsest.nodes.direction import (
     ApplyEditDirection,
     CombineEditDirections,

@@ -477,7 +477,7 @@ def test_refusals(tiny: Tiny) -> None:
     refused("at most 100", trajectory=long)
     refused("has 2 entries", empty=tiny.negative * 2)
     refused("has 0 entries", empty=[])
-    refused("has embeddings of 32 channels but the source prompt has 64", empty=[[embedding[..., :32], {}]])
+    refused("has embeddings of 32 channels but the prompt beside it has 64", empty=[[embedding[..., :32], {}]])
     refused("carries 'start_percent'", empty=[[embedding, {"start_percent": 0.5}]])
     gligen = [[tiny.source[0][0], {"gligen": ("position", None, [])}]]
     refused("cannot work through GLIGEN", trajectory=tiny.trajectory._replace(conditioning=gligen))
