@@ -118,7 +118,7 @@ def check_one_gpu(model: ModelPatcher) -> None:
 
 
 def check_plain(conditioning: list, name: str, like: Tensor) -> None:
-    """Raises ValueError where a conditioning is not one plain prompt as wide as `like`, the embedding it is used with."""
+    """Raises ValueError where a conditioning is not one plain prompt as wide as `like`, the embedding beside it."""
     if len(conditioning) != 1:
         raise ValueError(
             f"{name} has {len(conditioning)} entries: connect one plain prompt, not combined conditionings."
