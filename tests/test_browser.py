@@ -15,6 +15,8 @@ from host_server import HostServer, Prompt
 RUN_BUTTON = "[data-testid=queue-button]"
 STEPS = 8  # not as many as in test_workflows.py, whose results the server still holds
 NODES = "window.app?.isGraphReady ? app.rootGraph.nodes : []"
+# The frontend opens its own default workflow before the one asked for, and may complain of that one's models till then.
+SETTLED = "!app.extensionManager.spinner"
 # Whatever the frontend lays over the page to say that something is wrong.
 COMPLAINTS = "[role=dialog], .p-toast-message, [data-testid=error-overlay], [data-testid^=missing-]"
 # It says the first in every session; the others where ComfyUI's own templates, a package apart, are not installed.
@@ -41,7 +43,7 @@ def page(server: HostServer, tmp_path: Path) -> Iterator[Page]:
 
 def open_template(page: Page, server: HostServer, name: str) -> None:
     page.open(f"{server.url}/?template={name}&source=palimpsest")
-    page.wait_for(f"({NODES}).length === {len(ui_form(name)['nodes'])}", seconds=90)
+    page.wait_for(f"({NODES}).length === {len(ui_form(name)['nodes'])} && {SETTLED}", seconds=90)
 
 
 def set_steps(page: Page, steps: int) -> None:
