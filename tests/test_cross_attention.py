@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import comfy.ldm.modules.attention
 import comfy.model_management
 import pytest
@@ -131,6 +133,19 @@ def test_a_run_equals_the_formula_in_float64(kind: ModelType, checkpointing: boo
         theirs, plain = classic.sample(4.0, AMOUNT), classic.sample(4.0, 0.0)
     assert (plain - theirs).norm() > 1e-3 * theirs.norm()  # the guidance does something here
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_in_half_precision(checkpointing: bool) -> None:
+    """Nothing of them is lost below what fp16 can hold."""
+    moves = []
+    for dtype in (torch.float32, torch.float16):
+        tiny = Tiny()
+        tiny.model.model.diffusion_model.to(dtype).dtype = dtype
+        model, before, after = watched(tiny, partial(guided, tiny, AMOUNT, 1.0, 64, checkpointing))
+        tiny.sample(model, cfg=1.0)
+        moves.append((after[0] - before[0]).double())
+    assert (moves[1] - moves[0]).norm() < 0.01 * moves[0].norm()
 
 
 def test_the_loss_falls_at_every_step(tiny: Tiny) -> None:

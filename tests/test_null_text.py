@@ -108,7 +108,8 @@ def test_gradients_are_those_of_finite_differences(kind: ModelType, checkpointin
         comfy.model_management.load_models_gpu([working])
         embedding = where.clone().requires_grad_()
         at, level = x.clone(), torch.tensor([sigma])
-        denoised = working.model.apply_model(at, level, c_crossattn=embedding, transformer_options={})
+        options = {"wrappers": working.wrappers}
+        denoised = working.model.apply_model(at, level, c_crossattn=embedding, transformer_options=options)
         (gradient,) = torch.autograd.grad((denoised * weight.clone()).sum(), embedding)
     comfy.model_management.load_models_gpu([model])
     (_, eps), level = in_float64(model), torch.tensor(sigma).double()
@@ -262,6 +263,23 @@ def digest(model: ModelPatcher) -> str:
     for name, tensor in model.model.state_dict().items():
         found.update(name.encode() + tensor.numpy().tobytes())
     return found.hexdigest()
+
+
+@pytest.mark.parametrize(("checkpointing", "times"), [(True, 4), (False, 20)])
+def test_memory_is_reserved_for_gradients(
+    tiny: Tiny, checkpointing: bool, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, needed = comfy.model_management.load_models_gpu, []
+
+    def watch(models: list[ModelPatcher], memory_required: float = 0, **kwargs) -> None:
+        needed.append(memory_required)
+        load(models, memory_required=memory_required, **kwargs)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", watch)
+    tiny.sample(tiny.model)
+    null_text(tiny.model, tiny.trajectory, tiny.negative, QUICK, checkpointing)
+    plain, ours = needed
+    assert ours == pytest.approx(times * plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
