@@ -9,7 +9,7 @@ import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from comfy.samplers import CFGGuider, Sampler
+from comfy.samplers import CFGGuider
 from torch import Tensor
 
 from ..host.layer import Block, Inputs, Layer
@@ -23,6 +23,7 @@ from ..host.refusals import (
     check_unet,
     check_unguided,
 )
+from ..host.sampler import OwnSampler, Run
 from ..host.source import KEY
 from ..host.store import AttentionStore
 from ..host.trajectory import Trajectory
@@ -94,7 +95,7 @@ def record_attention(model: ModelPatcher, trajectory: Trajectory, recording: Rec
     return walk.store()
 
 
-class _Walk(Sampler):
+class _Walk(OwnSampler):
     """Visits the states of a trajectory, and keeps what flows past the attention layers. Made anew for each run."""
 
     def __init__(self, trajectory: Trajectory, recording: Recording) -> None:
@@ -143,28 +144,16 @@ class _Walk(Sampler):
             maps = token_maps(query, key, extra_options["n_heads"], tokens).unflatten(1, (layer.height, layer.width))
             self.maps[self.now].setdefault((layer.height, layer.width), []).append(maps.cpu())
 
-    def sample(
-        self,
-        model_wrap,
-        sigmas: Tensor,
-        extra_args: dict,
-        callback,
-        noise: Tensor,
-        latent_image: Tensor,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> Tensor:
-        steps = self.trajectory.steps
-        for self.now in range(steps):
-            x = self.trajectory.states[self.now].to(latent_image)
-            denoised = model_wrap(x, x.new_full((len(x),), float(sigmas[self.now])), **extra_args)
+    def walk(self, run: Run) -> Tensor:
+        for self.now, sigma, _ in run.steps():
+            x = self.trajectory.states[self.now].to(run.latent)
+            denoised = run.denoise(x, sigma)
             if self.steps is None:
-                self.steps = self.recording.steps_within_budget(self.sizes, steps)
+                self.steps = self.recording.steps_within_budget(self.sizes, self.trajectory.steps)
                 if 0 not in self.steps:
                     self.inputs.clear()
-            if callback is not None:
-                callback(self.now, denoised, x, steps)
-        return latent_image
+            run.report(self.now, denoised, x)
+        return run.latent
 
     def store(self) -> AttentionStore:
         layers = tuple(self.sizes)

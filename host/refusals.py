@@ -12,6 +12,7 @@ from comfy.samplers import KSAMPLER, CFGGuider, Sampler
 from torch import Tensor
 
 from .model import identity
+from .sampler import Run
 from .trajectory import Trajectory
 
 # These take a noise sampler but draw nothing from it at their defaults.
@@ -159,15 +160,11 @@ def check_run(
         )
 
 
-def check_replay(
-    node: str, trajectory: Trajectory, model: ModelPatcher, sigmas: Tensor, latent: Tensor, denoise_mask
-) -> None:
-    """Raises ValueError for a run that the sampler which `node` made for `trajectory` cannot give the image back in.
-
-    latent: [b, c, h, w] as the sampler gets it.
-    """
-    check_same_model(model, trajectory)
-    if denoise_mask is not None:
+def check_replay(node: str, trajectory: Trajectory, run: Run) -> None:
+    """Raises ValueError for a run that the sampler which `node` made for `trajectory` cannot give the image back in."""
+    check_same_model(run.guider.model_patcher, trajectory)
+    sigmas, latent = run.sigmas, run.latent
+    if run.denoise_mask is not None:
         raise ValueError(
             f"The latent carries a noise mask, which the sampler of {node} does not know: remove Set Latent Noise Mask."
         )

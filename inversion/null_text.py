@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from comfy.conds import CONDCrossAttn
 from comfy.model_patcher import ModelPatcher
-from comfy.samplers import Sampler, calc_cond_batch, sampler_object
+from comfy.samplers import calc_cond_batch, sampler_object
 from comfy.utils import repeat_to_batch_size
 from torch import Tensor
 
@@ -31,10 +31,11 @@ from ..host.refusals import (
     check_unet,
     check_unguided,
 )
+from ..host.sampler import OwnSampler, Run
 from ..host.timed import timed
 from ..host.trajectory import Trajectory
 from ..host.unfinished import Unfinished
-from .run import Guidance, check_unedited, record, run
+from .run import Guidance, check_unedited, record, sample
 
 NODE = "Null Text Inversion"
 MOST_STEPS = 100  # where the paper's learning rate ends
@@ -91,7 +92,7 @@ def fit(
         return embedding.detach(), reach(embedding)
 
 
-class NullTextSampler(Sampler):
+class NullTextSampler(OwnSampler):
     """Goes down the pivot's sigmas and keeps the negative and the state of every step. Made anew for each run."""
 
     def __init__(self, pivot: Trajectory, start: Tensor, settings: Settings) -> None:
@@ -99,23 +100,13 @@ class NullTextSampler(Sampler):
         self.negatives: list[Tensor] = []
         self.states = [pivot.states[0]]
 
-    def sample(
-        self,
-        model_wrap,
-        sigmas: Tensor,
-        extra_args: dict,
-        callback,
-        noise: Tensor,
-        latent_image: Tensor,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> Tensor:
-        unfinished = self._unfinished(model_wrap, extra_args, noise)
+    def walk(self, run: Run) -> Tensor:
+        unfinished = self._unfinished(run)
         if kept := unfinished.load():
             self.negatives, self.states = [*kept["negatives"]], [*kept["states"]]
         try:
             while len(self.negatives) < self.pivot.steps:
-                found = self._step(model_wrap, extra_args["model_options"], callback, noise)
+                found = self._step(run)
                 embedding, x = (tensor.to("cpu", torch.float32) for tensor in found)
                 self.negatives.append(embedding)
                 self.states.append(x)
@@ -124,18 +115,18 @@ class NullTextSampler(Sampler):
                 unfinished.remove()
             elif self.negatives:
                 unfinished.save({"negatives": torch.stack(self.negatives), "states": torch.stack(self.states)})
-        return self.states[-1].to(noise)
+        return self.states[-1].to(run.latent)
 
-    def _step(self, model_wrap, model_options: dict, callback, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, run: Run) -> tuple[Tensor, Tensor]:
         i, settings = len(self.negatives), self.settings
         sigma, sigma_next = self.pivot.sigmas[i : i + 2].tolist()
-        x, pivot = (states.to(like, copy=True) for states in (self.states[i], self.pivot.states[i + 1]))
-        positive, negative = (model_wrap.conds[name][0] for name in ("positive", "negative"))
+        x, pivot = (states.to(run.latent, copy=True) for states in (self.states[i], self.pivot.states[i + 1]))
+        positive, negative = (run.guider.conds[name][0] for name in ("positive", "negative"))
         negative = constant_control(negative)
 
         def denoise(cond: dict) -> Tensor:
             timestep = x.new_full((len(x),), sigma)
-            return calc_cond_batch(model_wrap.inner_model, [[cond]], x, timestep, model_options)[0]
+            return calc_cond_batch(run.guider.inner_model, [[cond]], x, timestep, run.model_options)[0]
 
         with torch.no_grad():
             conditional = denoise(positive)
@@ -145,9 +136,8 @@ class NullTextSampler(Sampler):
             nonlocal calls
             unconditional = denoise(_with_embedding(negative, embedding))
             denoised = unconditional + (conditional - unconditional) * settings.cfg
-            if callback is not None:
-                each = settings.inner_steps + 1
-                callback(i * each + calls, denoised.detach(), x, self.pivot.steps * each)
+            each = settings.inner_steps + 1
+            run.report(i * each + calls, denoised.detach(), x, self.pivot.steps * each)
             calls += 1
             reached = x + (x - denoised) / sigma * (sigma_next - sigma)
             if not torch.isfinite(reached).all():
@@ -157,15 +147,15 @@ class NullTextSampler(Sampler):
                 )
             return reached
 
-        start = (self.negatives[-1] if self.negatives else self.start).to(like, copy=True)
+        start = (self.negatives[-1] if self.negatives else self.start).to(run.latent, copy=True)
         signal = (1 + sigma_next**2) ** -0.5
         return fit(start, reach, pivot, signal, settings.rate(i), settings.enough(i), settings.inner_steps)
 
-    def _unfinished(self, model_wrap, extra_args: dict, like: Tensor) -> Unfinished:
+    def _unfinished(self, run: Run) -> Unfinished:
         """Known by the inputs, and by what the model, with all that patches it and its prompts, first answers."""
-        x = self.states[0].to(like, copy=True)
+        x = self.states[0].to(run.latent, copy=True)
         with torch.no_grad():
-            answer = model_wrap(x, x.new_full((len(x),), float(self.pivot.sigmas[0])), **extra_args)
+            answer = run.denoise(x, float(self.pivot.sigmas[0]))
         return Unfinished("null-text", self.settings, self.pivot.states, self.pivot.sigmas, self.start, answer)
 
 
@@ -226,13 +216,13 @@ def null_text(
     if source.get("control_apply_to_uncond"):
         options = {"control": source["control"], **options}  # the host would give it to the first negative only
     embedding = repeat_to_batch_size(embedding.to("cpu", torch.float32), pivot.states.shape[1])
-    sampler = NullTextSampler(pivot, embedding, settings)
+    guidance, sampler = Guidance(pivot.conditioning, start, settings.cfg), NullTextSampler(pivot, embedding, settings)
     with gradients():
         working = differentiable(model, checkpointing)
         if working.model.get_dtype_inference() != torch.float32:
             working.set_model_compute_dtype(torch.float32)  # gradients of 1e-5 are lost in half precision
         nothing = torch.zeros(pivot.states.shape[1:])
-        run(working, Guidance(pivot.conditioning, start, settings.cfg), sampler, pivot.sigmas, nothing, nothing, seed=0)
+        sample(working, guidance, sampler, pivot.sigmas, nothing, nothing, seed=0)
     percent_to_sigma = model.get_model_object("model_sampling").percent_to_sigma
     negative = timed(torch.stack(sampler.negatives), options, pivot.sigmas, percent_to_sigma)
     return negative, pivot._replace(states=torch.stack(sampler.states))

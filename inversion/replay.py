@@ -6,50 +6,37 @@ from collections.abc import Callable
 
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.samplers import Sampler
 from torch import Tensor
 
 from ..host.refusals import check_replay
+from ..host.sampler import OwnSampler, Run
 from ..host.source import with_state
 from ..host.trajectory import Trajectory
 from . import edict
 from .edict import Pair
 from .edit_friendly import independent_states, posterior
-from .run import Guidance, as_trajectory, check_inversion, denoiser, run
+from .run import Guidance, as_trajectory, check_inversion, sample
 
 EDIT_FRIENDLY, EDICT = "Edit Friendly Inversion", "EDICT Inversion"
 
 
-class EditFriendlySampler(Sampler):
+class EditFriendlySampler(OwnSampler):
     """Replays noise maps [b, c, h, w], one a step, from the trajectory's own start. Immutable."""
 
     def __init__(self, trajectory: Trajectory, maps: tuple[Tensor, ...], eta: float) -> None:
         self.trajectory, self.maps, self.eta = trajectory, maps, eta
 
-    def sample(
-        self,
-        model_wrap,
-        sigmas: Tensor,
-        extra_args: dict,
-        callback,
-        noise: Tensor,
-        latent_image: Tensor,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> Tensor:
-        check_replay(EDIT_FRIENDLY, self.trajectory, model_wrap.model_patcher, sigmas, latent_image, denoise_mask)
-        denoise = denoiser(model_wrap, extra_args)
-        x = self.trajectory.states[0].to(latent_image).expand_as(latent_image).clone()
-        levels = sigmas.tolist()
-        for i, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False)):
-            mean, spread, denoised = posterior(x, sigma, sigma_next, denoise, self.eta)
+    def walk(self, run: Run) -> Tensor:
+        check_replay(EDIT_FRIENDLY, self.trajectory, run)
+        x = self.trajectory.states[0].to(run.latent).expand_as(run.latent).clone()
+        for i, sigma, sigma_next in run.steps():
+            mean, spread, denoised = posterior(x, sigma, sigma_next, run.denoise, self.eta)
             x = mean + spread * self.maps[i].to(x)
-            if callback is not None:
-                callback(i, denoised, x, len(levels) - 1)
+            run.report(i, denoised, x)
         return x
 
 
-class EditFriendlyWalk(Sampler):
+class EditFriendlyWalk(OwnSampler):
     """Finds the noise maps, walking from the noise to the image as their replay will. Made anew for each run."""
 
     def __init__(self, eta: float, seed: int) -> None:
@@ -57,28 +44,15 @@ class EditFriendlyWalk(Sampler):
         self.states: list[Tensor] = []
         self.maps: list[Tensor] = []
 
-    def sample(
-        self,
-        model_wrap,
-        sigmas: Tensor,
-        extra_args: dict,
-        callback,
-        noise: Tensor,
-        latent_image: Tensor,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> Tensor:
-        denoise = denoiser(model_wrap, extra_args)
-        x, *wanted = independent_states(latent_image, sigmas, self.seed)
+    def walk(self, run: Run) -> Tensor:
+        x, *wanted = independent_states(run.latent, run.sigmas, self.seed)
         self.states.append(x.to("cpu", torch.float32))
-        levels = sigmas.tolist()
-        for i, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False)):
-            mean, spread, denoised = posterior(x, sigma, sigma_next, denoise, self.eta)
+        for i, sigma, sigma_next in run.steps():
+            mean, spread, denoised = posterior(x, sigma, sigma_next, run.denoise, self.eta)
             self.maps.append(((wanted[i] - mean) / spread).to("cpu", torch.float32))
             x = mean + spread * self.maps[-1].to(x)  # as rounded in the replay, so that its errors do not add up
             self.states.append(x.to("cpu", torch.float32))
-            if callback is not None:
-                callback(i, denoised, x, len(levels) - 1)
+            run.report(i, denoised, x)
         return x
 
 
@@ -91,12 +65,12 @@ def invert_edit_friendly(
     """
     check_inversion(EDIT_FRIENDLY, model, guidance, samples)
     walk = EditFriendlyWalk(eta, seed)
-    run(model, guidance, walk, sigmas, torch.zeros_like(samples), samples, seed=0)
+    sample(model, guidance, walk, sigmas, torch.zeros_like(samples), samples, seed=0)
     trajectory = as_trajectory(model, guidance, walk.states, sigmas)
     return trajectory, EditFriendlySampler(trajectory, tuple(walk.maps), eta)
 
 
-class EDICTSampler(Sampler):
+class EDICTSampler(OwnSampler):
     """Samples the coupled pair from where the inversion left it. Immutable.
 
     start: the pair in float64; the host's latent holds its x alone, and in less precision.
@@ -106,35 +80,22 @@ class EDICTSampler(Sampler):
     def __init__(self, trajectory: Trajectory, start: Pair, seen: tuple[Tensor, ...], mixing: float) -> None:
         self.trajectory, self.start, self.seen, self.mixing = trajectory, start, seen, mixing
 
-    def sample(
-        self,
-        model_wrap,
-        sigmas: Tensor,
-        extra_args: dict,
-        callback,
-        noise: Tensor,
-        latent_image: Tensor,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> Tensor:
-        check_replay(EDICT, self.trajectory, model_wrap.model_patcher, sigmas, latent_image, denoise_mask)
+    def walk(self, run: Run) -> Tensor:
+        check_replay(EDICT, self.trajectory, run)
         source = iter(self.seen)
 
         def predict(x: Tensor, sigma: float) -> Tensor:
-            options = with_state(extra_args["model_options"], next(source))
-            return denoiser(model_wrap, {**extra_args, "model_options": options})(x, sigma)
+            return run.denoise(x, sigma, model_options=with_state(run.model_options, next(source)))
 
-        coupled = _Coupled(predict, latent_image)
-        pair = Pair(*(part.expand(latent_image.shape) for part in self.start))
-        levels = sigmas.tolist()
-        for i, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False)):
+        coupled = _Coupled(predict, run.latent)
+        pair = Pair(*(part.expand(run.latent.shape) for part in self.start))
+        for i, sigma, sigma_next in run.steps():
             pair = edict.step_down(pair, i, sigma, sigma_next, coupled.noise, self.mixing)
-            if callback is not None:
-                callback(i, coupled.denoised, pair.x, len(levels) - 1)
-        return pair.x.to(latent_image)
+            run.report(i, coupled.denoised, pair.x)
+        return pair.x.to(run.latent)
 
 
-class EDICTWalk(Sampler):
+class EDICTWalk(OwnSampler):
     """Takes the image, as both of the pair, up the schedule. Made anew for each run."""
 
     def __init__(self, mixing: float) -> None:
@@ -143,34 +104,20 @@ class EDICTWalk(Sampler):
         self.states: list[Tensor] = []
         self.seen: list[Tensor] = []
 
-    def sample(
-        self,
-        model_wrap,
-        sigmas: Tensor,
-        extra_args: dict,
-        callback,
-        noise: Tensor,
-        latent_image: Tensor,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> Tensor:
-        denoise = denoiser(model_wrap, extra_args)
-
+    def walk(self, run: Run) -> Tensor:
         def predict(x: Tensor, sigma: float) -> Tensor:
             self.seen.append(x.cpu())
-            return denoise(x, sigma)
+            return run.denoise(x, sigma)
 
-        coupled = _Coupled(predict, latent_image)
-        image = latent_image.cpu().double()
+        coupled = _Coupled(predict, run.latent)
+        image = run.latent.cpu().double()
         self.pair = Pair(image, image)
         self.states.append(image.float())
-        levels = sigmas.tolist()
-        for i in reversed(range(len(levels) - 1)):
-            self.pair = edict.step_up(self.pair, i, levels[i], levels[i + 1], coupled.noise, self.mixing)
+        for done, (i, sigma, sigma_next) in enumerate(reversed([*run.steps()])):
+            self.pair = edict.step_up(self.pair, i, sigma, sigma_next, coupled.noise, self.mixing)
             self.states.append(self.pair.x.float())
-            if callback is not None:
-                callback(len(levels) - 2 - i, coupled.denoised, self.pair.x, len(levels) - 1)
-        return self.pair.x.to(latent_image)
+            run.report(done, coupled.denoised, self.pair.x)
+        return self.pair.x.to(run.latent)
 
 
 def invert_edict(
@@ -182,7 +129,7 @@ def invert_edict(
     """
     check_inversion(EDICT, model, guidance, samples)
     walk = EDICTWalk(mixing)
-    run(model, guidance, walk, sigmas, torch.zeros_like(samples), samples, seed=0)
+    sample(model, guidance, walk, sigmas, torch.zeros_like(samples), samples, seed=0)
     trajectory = as_trajectory(model, guidance, walk.states[::-1], sigmas)
     return trajectory, EDICTSampler(trajectory, walk.pair, tuple(walk.seen[::-1]), mixing)
 

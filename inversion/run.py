@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import comfy.model_management
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..host.model import identity, prediction_type
 from ..host.refusals import check_deterministic, check_latent, check_unguided
+from ..host.sampler import OwnSampler, Run
 from ..host.source import KEY, STATE
 from ..host.trajectory import Trajectory, sigma_index
 from .fixed_point import fixed_point_step
@@ -52,50 +52,28 @@ class Refinement(NamedTuple):
 PLAIN = Refinement()
 
 
-def denoiser(model_wrap, extra_args: dict) -> Callable[[Tensor, float], Tensor]:
-    """What a sampler is given, as a function of x [b, c, h, w] and sigma that returns the denoised estimate."""
-
-    def denoise(x: Tensor, sigma: float) -> Tensor:
-        return model_wrap(x, x.new_full((len(x),), sigma), **extra_args)
-
-    return denoise
-
-
-class InversionSampler(Sampler):
+class InversionSampler(OwnSampler):
     """Walks up the sigmas it is given, from the image to the noise, and keeps every state. Made anew for each run."""
 
     def __init__(self, prediction: str, refinement: Refinement) -> None:
         self.prediction, self.refinement = prediction, refinement
         self.states: list[Tensor] = []
 
-    def sample(
-        self,
-        model_wrap,
-        sigmas: Tensor,
-        extra_args: dict,
-        callback,
-        noise: Tensor,
-        latent_image: Tensor,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> Tensor:
-        denoise = denoiser(model_wrap, extra_args)
+    def walk(self, run: Run) -> Tensor:
         iterations, average, *weights = self.refinement
         generator = torch.Generator().manual_seed(0)  # the same shifts whenever the node runs again
 
         def regularise(eps: Tensor) -> Tensor:
             return regularised(eps, *weights, generator)
 
-        x = latent_image
+        x = run.latent
         self.states.append(x.to("cpu", torch.float32))
-        levels = sigmas.tolist()
-        for i, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False)):
+        for i, sigma, sigma_next in run.steps():
             x, denoised = fixed_point_step(
-                x, sigma, sigma_next, denoise, self.prediction, iterations, average, regularise
+                x, sigma, sigma_next, run.denoise, self.prediction, iterations, average, regularise
             )
             self.states.append(x.to("cpu", torch.float32))
-            if callback is not None:
-                callback(i, denoised, x, len(levels) - 1)
+            run.report(i, denoised, x)
         return x
 
 
@@ -108,7 +86,7 @@ def invert(
     """
     check_inversion("DDIM Inversion", model, guidance, samples)
     sampler = InversionSampler(prediction_type(model), refinement)
-    run(model, guidance, sampler, sigmas.flip(0), torch.zeros_like(samples), samples, seed=0)
+    sample(model, guidance, sampler, sigmas.flip(0), torch.zeros_like(samples), samples, seed=0)
     return as_trajectory(model, guidance, sampler.states[::-1], sigmas)
 
 
@@ -160,14 +138,14 @@ def record(
 
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, keep)
-    result = run(model, guidance, sampler, sigmas, noise, samples, seed)
+    result = sample(model, guidance, sampler, sigmas, noise, samples, seed)
     states[len(sigmas) - 1] = model.model.process_latent_in(result).to("cpu", torch.float32)
     if len(states) < len(sigmas):
         raise ValueError("The sampler did not visit every sigma of its schedule: choose euler, ddim or dpmpp_2m.")
     return as_trajectory(model, guidance, [states[i] for i in range(len(sigmas))], sigmas), result
 
 
-def run(
+def sample(
     model: ModelPatcher, guidance: Guidance, sampler: Sampler, sigmas: Tensor, noise: Tensor, samples: Tensor, seed: int
 ) -> Tensor:
     """The host's sampling with progress and preview. Raises ValueError where it ends in NaN or infinite values."""

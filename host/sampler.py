@@ -1,0 +1,61 @@
+"""The pack's own samplers, written over what the host hands to one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from comfy.samplers import CFGGuider, Sampler
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sampling run. latent: [b, c, h, w] in sampler space, as the run was given it."""
+
+    guider: CFGGuider
+    sigmas: Tensor
+    arguments: dict  # of every call of the guider
+    callback: Callable[[int, Tensor, Tensor, int], None] | None
+    latent: Tensor
+    denoise_mask: Tensor | None
+
+    @property
+    def model_options(self) -> dict:
+        return self.arguments["model_options"]
+
+    def denoise(self, x: Tensor, sigma: float, **changed) -> Tensor:
+        """The guided denoised estimate of x [b, c, h, w], with arguments of the call `changed`."""
+        return self.guider(x, x.new_full((len(x),), sigma), **self.arguments | changed)
+
+    def steps(self) -> Iterator[tuple[int, float, float]]:
+        """Every step's index, sigma and next sigma."""
+        levels = self.sigmas.tolist()
+        return ((i, *pair) for i, pair in enumerate(zip(levels, levels[1:], strict=False)))
+
+    def report(self, done: int, denoised: Tensor, x: Tensor, total: int | None = None) -> None:
+        """Progress and preview after number `done` of `total`, which are the steps where not given."""
+        if self.callback is not None:
+            self.callback(done, denoised, x, len(self.sigmas) - 1 if total is None else total)
+
+
+class OwnSampler(Sampler, ABC):
+    """A sampler of the pack: `walk` stands for the host's `sample` and its many arguments."""
+
+    @abstractmethod
+    def walk(self, run: Run) -> Tensor:
+        """The latent [b, c, h, w] that the run ends at, in sampler space."""
+
+    def sample(
+        self,
+        model_wrap,
+        sigmas: Tensor,
+        extra_args: dict,
+        callback,
+        noise: Tensor,
+        latent_image: Tensor,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        return self.walk(Run(model_wrap, sigmas, extra_args, callback, latent_image, denoise_mask))
