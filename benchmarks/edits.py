@@ -49,13 +49,14 @@ NAIVE, DRIFTING = "naive: inverted noise, new prompt", "DDIM + P2P"
 DRIFTING_PNP, DIRECT_PNP = "DDIM + PnP", "Direct Inversion + PnP"
 DRIFTING_MASACTRL, DIRECT_MASACTRL = "DDIM + MasaCtrl", "Direct Inversion + MasaCtrl"
 DIRECTION, GUIDED = "pix2pix-zero direction", "pix2pix-zero direction + guidance"
+TWO_LATENTS = f"{GUIDED} with two latents"
 METHODS = (RESAMPLED, NAIVE, DRIFTING, DIRECT, BLENDED, WEIGHED, WEIGHED_BLENDED)
-METHODS += (DRIFTING_PNP, DIRECT_PNP, DRIFTING_MASACTRL, DIRECT_MASACTRL, DIRECTION, GUIDED)
+METHODS += (DRIFTING_PNP, DIRECT_PNP, DRIFTING_MASACTRL, DIRECT_MASACTRL, DIRECTION, GUIDED, TWO_LATENTS)
 COMPARED = [(DRIFTING, NAIVE), (DIRECT, NAIVE), (DIRECT, DRIFTING)]
 COMPARED += [(better, DIRECT) for better in (BLENDED, WEIGHED, WEIGHED_BLENDED)]
 COMPARED += [(DIRECT_PNP, NAIVE), (DIRECT_PNP, DRIFTING_PNP)]
 COMPARED += [(DIRECT_MASACTRL, NAIVE), (DIRECT_MASACTRL, DRIFTING_MASACTRL)]
-COMPARED += [(DIRECTION, NAIVE), (GUIDED, NAIVE), (GUIDED, DIRECTION)]
+COMPARED += [(DIRECTION, NAIVE), (GUIDED, NAIVE), (GUIDED, DIRECTION), (TWO_LATENTS, GUIDED)]
 
 
 class Case(NamedTuple):
@@ -151,10 +152,12 @@ def edit(
     }
     runs = {RESAMPLED: (model, Guidance(source, None, 1.0))}
     runs |= {method: (edited, guided) for method, edited in models.items()}
-    if {DIRECTION, GUIDED} & set(methods):
+    if {DIRECTION, GUIDED, TWO_LATENTS} & set(methods):
         moved = Guidance([[directed(clip, cases, source[0][0]), {}]], negative, arguments.cfg)
-        keeping = attach_guide(model, pinned, CrossAttentionGuidance(0.3, 1.0, 64), False)
-        runs |= {DIRECTION: (model, moved), GUIDED: (keeping, moved)}
+        runs[DIRECTION] = model, moved
+        for method, two in ((GUIDED, False), (TWO_LATENTS, True)):
+            guide = CrossAttentionGuidance(0.3, 1.0, 64, two)
+            runs[method] = attach_guide(model, pinned, guide, checkpointing=False), moved
     return {method: decode(vae, sample(*runs[method], noise, sigmas)) for method in methods}
 
 

@@ -5,8 +5,10 @@ prompt at this latent, and A_ref those of the source prompt at the source's own.
 
 As in the public code, L is a sum over layers, positions and tokens and a mean over heads, and the step is taken in
 z = x / sqrt(1 + sigma^2). That code averages over the negative's row too, which halves the gradient: its amount of 0.1
-is 0.05 here. It also lets the sampler's latent take the gradient of the negative's row; here, as in the paper, there is
-one latent, and only the positive prompt has a say.
+is 0.05 here.
+
+It also has two latents: the positive prompt is run at one that its own maps have moved, and the negative at one that
+its maps have moved, which is the one that the sampler goes on with. In the paper there is one latent.
 """
 
 from __future__ import annotations
@@ -20,11 +22,15 @@ from ..host.layer import Layer
 
 @dataclass(frozen=True)
 class CrossAttentionGuidance:
-    """amount: the step's length. end: until where in the run. max_side: the largest layers that count, in positions."""
+    """amount: the step's length. end: until where in the run. max_side: the largest layers that count, in positions.
+
+    two_latents: the public code's form, not the paper's.
+    """
 
     amount: float
     end: float
     max_side: int
+    two_latents: bool = False
 
     def applies(self, fraction: float) -> bool:
         return fraction < self.end

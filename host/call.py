@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,12 @@ from .refusals import check_positions_kept, check_prompt_kept
 KEY = "palimpsest"
 CHUNKS, READS = f"{KEY}.chunks", f"{KEY}.reads"
 TERM = -1  # stands for a further term of the target's attention among the cond indices of a call
+
+
+def place(conds: Sequence[Sequence[dict] | None], sought: Iterable[dict]) -> int | None:
+    """Where in the conditionings of a call one of those `sought` stands, if any does."""
+    known = {cond["uuid"] for cond in sought}
+    return next((i for i, cond in enumerate(conds) if cond and cond[0]["uuid"] in known), None)
 
 
 @dataclass

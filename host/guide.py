@@ -1,7 +1,8 @@
 """Guidance by attention: before a step, a gradient through the UNet moves the sampler's own latent.
 
 Source and target run alone, one after the other, as the MODEL runs them without the pack's edits: the source at the
-trajectory's state and without a gradient, the target at the sampler's latent.
+trajectory's state and without a gradient, the target at the sampler's latent. With two latents the negative prompt does
+the same, as its own source, and the target's part of the sampler's call runs where the target was moved to.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from comfy.samplers import CFGGuider, Sampler, calc_cond_batch
 from torch import Tensor
 
 from . import source
+from .call import place
 from .gradients import constant_control, differentiable, gradients
 from .layer import Layer
 from .maps import attention_maps
@@ -27,14 +29,21 @@ from .refusals import (
     check_positions_kept,
     check_prompt_kept,
     check_same_length,
+    is_mixed,
 )
 from .trajectory import Trajectory
 
 KEY = f"{source.KEY}.guide"
+AHEAD = f"{KEY}.ahead"  # from the sampler's latent to the target's, in a model call
 
 
 class Guide(Protocol):
-    """What a latent is moved by."""
+    """What a latent is moved by.
+
+    two_latents: whether the target moves to a latent of its own, and the sampler's is moved by the negative prompt.
+    """
+
+    two_latents: bool
 
     def applies(self, fraction: float) -> bool:
         """Whether the latent moves where `fraction` (0 to 1) of the schedule is finished."""
@@ -57,6 +66,7 @@ def attach_guide(model: ModelPatcher, trajectory: Trajectory, guide: Guide, chec
     model = differentiable(model, checkpointing)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
     add_outermost(model, WrappersMP.PREDICT_NOISE, KEY, _predict_noise)  # Local Blend has the last word
+    add_outermost(model, WrappersMP.CALC_COND_BATCH, KEY, _calc_cond_batch)  # the source joins the target's call
     model.model_options["transformer_options"] |= {source.KEY: branch, KEY: guide}
     return model
 
@@ -70,6 +80,8 @@ def _outer_sample(executor, noise: Tensor, latent_image: Tensor, sampler: Sample
     check_same_length(embedding.shape[1], positive["cross_attn"].shape[1])
     if "gligen" in positive:
         raise ValueError("Cross Attention Guidance cannot work through GLIGEN: remove it from the target prompt.")
+    if guider.model_options["transformer_options"][KEY].two_latents:
+        _check_two_latents(guider)
     return executor(noise, latent_image, sampler, *args, **kwargs)
 
 
@@ -81,18 +93,64 @@ def _predict_noise(executor, x: Tensor, timestep: Tensor, model_options: dict, *
     if index is not None and guide.applies(index / trajectory.steps):
         if source.STATE in options:
             check_one_state(["Cross Attention Guidance"])
-        gradient = _gradient(executor.class_obj, run, guide, x, run.state(x, index), timestep, model_options)
-        x.copy_(guide.moved(x, gradient, sigma))  # in place: the step that the sampler takes starts here
+        guider, state = executor.class_obj, run.state(x, index)
+
+        def moved(cond: dict, source_cond: dict) -> Tensor:
+            gradient = _gradient(guider, guide, (cond, source_cond), (x, state), timestep, model_options)
+            return guide.moved(x, gradient, sigma)
+
+        own = target = moved(guider.conds["positive"][0], run.source)
+        if guide.two_latents:
+            (negative,) = guider.conds["negative"]
+            own = moved(negative, negative)
+            model_options = {**model_options, "transformer_options": {**options, AHEAD: target - own}}
+        x.copy_(own)  # in place: the step that the sampler takes starts here
     return executor(x, timestep, model_options, *args, **kwargs)
 
 
+def _calc_cond_batch(executor, model, conds: list, x: Tensor, timestep: Tensor, model_options: dict):
+    """Runs the target at its own latent, and tells its estimate as seen from the sampler's: with the same noise."""
+    options = model_options["transformer_options"]
+    ahead = options.get(AHEAD)
+    at = None if ahead is None else place(conds, options[source.RUN].guider.conds["positive"])
+    if at is None:
+        return executor(model, conds, x, timestep, model_options)
+    target = [cond if i == at else None for i, cond in enumerate(conds)]
+    others = [cond if i != at else None for i, cond in enumerate(conds)]
+    results = executor(model, others, x, timestep, model_options)
+    results[at] = executor(model, target, x + ahead, timestep, model_options)[at] - ahead
+    return results
+
+
+def _check_two_latents(guider: CFGGuider) -> None:
+    negatives = guider.conds.get("negative", [])
+    if guider.cfg == 1 or not negatives:
+        raise ValueError(
+            "Cross Attention Guidance with two latents moves one of them by the negative prompt, which this run leaves "
+            "out: raise cfg, or set latents to one."
+        )
+    if len(negatives) > 1 or is_mixed(guider.model_patcher):
+        raise ValueError(
+            "Cross Attention Guidance with two latents takes one plain negative prompt, not Negative Prompt Guidance, "
+            "null text or a combined one: connect a plain negative, or set latents to one."
+        )
+
+
 def _gradient(
-    guider: CFGGuider, run, guide: Guide, x: Tensor, state: Tensor, timestep: Tensor, model_options: dict
+    guider: CFGGuider,
+    guide: Guide,
+    conds: tuple[dict, dict],
+    latents: tuple[Tensor, Tensor],
+    timestep: Tensor,
+    model_options: dict,
 ) -> Tensor:
-    """Of the summed losses of all images, whose parts do not touch: each image gets its own."""
+    """Of the summed losses of all images, whose parts do not touch: each image gets its own.
+
+    conds, latents: what is moved, and the source that it is compared with.
+    """
     reference: dict[Layer, Tensor] = {}
     losses: dict[Layer, Tensor] = {}  # by layer: a checkpointed one is measured again for its gradient
-    target = constant_control(guider.conds["positive"][0])
+    (cond, source_cond), (x, state) = conds, latents
 
     def see(maps: Tensor, layer: Layer) -> None:
         reference[layer] = maps
@@ -110,13 +168,13 @@ def _gradient(
 
     with gradients():
         with torch.no_grad():
-            run_alone(run.source, state.clone(), see)
+            run_alone(source_cond, state.clone(), see)
         if not reference:
             raise ValueError(
                 "Cross Attention Guidance finds no cross-attention that is small enough in this MODEL: raise max_side."
             )
         leaf = x.clone().requires_grad_()
-        run_alone(target, leaf, compare)
+        run_alone(constant_control(cond), leaf, compare)
         return torch.autograd.grad(sum(losses.values()).sum(), leaf)[0]
 
 

@@ -8,9 +8,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy.sampler_helpers import convert_cond
-from comfy.samplers import CFGGuider
 from torch import Tensor
 
+from .call import place
 from .model import add_outermost
 from .refusals import NEGATIVES as KEY
 from .refusals import check_plain, check_same_model, check_source, is_mixed
@@ -54,12 +54,13 @@ def attach_mixture(
 
     def calc_cond_batch(executor, base, conds: list, x: Tensor, timestep: Tensor, model_options: dict):
         options = model_options["transformer_options"]
-        at = _negative(options.get(KEY), conds)
+        guider = options.get(KEY)
+        at = guider and place(conds, guider.conds["negative"])
         if at is None:
             return executor(base, conds, x, timestep, model_options)
         sigmas = options["sample_sigmas"] if trajectory is None else trajectory.sigmas
         part = share.at(step_of(sigmas, float(timestep[0])), len(sigmas) - 1)
-        other = options[KEY].conds[KEY]
+        other = guider.conds[KEY]
         if part == 0:
             return executor(base, conds, x, timestep, model_options)
         if part == 1:
@@ -73,11 +74,3 @@ def attach_mixture(
     # An edit's source branch has to see every row of the call.
     add_outermost(model, WrappersMP.CALC_COND_BATCH, KEY, calc_cond_batch)
     return model
-
-
-def _negative(guider: CFGGuider | None, conds: list[list[dict] | None]) -> int | None:
-    """Which of the conditionings of a call is the guider's negative, if any."""
-    if guider is None:
-        return None
-    negatives = {cond["uuid"] for cond in guider.conds["negative"]}
-    return next((i for i, cond in enumerate(conds) if cond and cond[0]["uuid"] in negatives), None)

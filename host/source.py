@@ -21,7 +21,7 @@ from comfy.sampler_helpers import convert_cond
 from comfy.samplers import CFGGuider, Sampler, can_concat_cond, get_area_and_mult
 from torch import Tensor
 
-from .call import CHUNKS, KEY, Call, slice_of
+from .call import CHUNKS, KEY, Call, place, slice_of
 from .layer import Blend, Block, Edit, Inputs, Layer, Rule
 from .maps import WordMaps, map_size
 from .patches import with_enter, with_measure
@@ -154,8 +154,7 @@ class _Run:
             parts = {"An attention store": self.branch.store, "Local Blend": self.branch.blend}
             check_one_state([name for name, part in parts.items() if part is not None])
         state = self.state(x, index, given)
-        targets = {cond["uuid"] for cond in self.guider.conds["positive"]}
-        target = next((i for i, cond in enumerate(conds) if cond and cond[0]["uuid"] in targets), None)
+        target = place(conds, self.guider.conds["positive"])
         if target is None:
             return None
         rules = [rule for edit in self.branch.edits if (rule := edit.at(index / trajectory.steps))]

@@ -9,6 +9,8 @@ from ..host.guide import attach_guide
 from . import sockets
 from .widgets import fraction
 
+ONE, TWO = "one (paper)", "two (authors' code)"
+
 
 class CrossAttentionGuidanceNode(io.ComfyNode):
     @classmethod
@@ -53,13 +55,24 @@ class CrossAttentionGuidanceNode(io.ComfyNode):
                     advanced=True,
                     tooltip="Compute each block twice instead of keeping it: slower, for a fraction of the memory.",
                 ),
+                io.Combo.Input(
+                    "latents",
+                    options=[ONE, TWO],
+                    default=ONE,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "One latent, moved by the target's attention, as the paper writes; or two, as in its authors' "
+                        "code: the sampler's follows the negative prompt's attention, and the target has its own."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output("model", tooltip="The model whose samples keep the source's layout.")],
         )
 
     @classmethod
-    def execute(cls, model, trajectory, amount, end, max_side, checkpointing) -> io.NodeOutput:
+    def execute(cls, model, trajectory, amount, end, max_side, checkpointing, latents=ONE) -> io.NodeOutput:
         if amount == 0:
             return io.NodeOutput(model)
-        guide = CrossAttentionGuidance(amount, end, max_side)
+        guide = CrossAttentionGuidance(amount, end, max_side, latents == TWO)
         return io.NodeOutput(attach_guide(model, trajectory, guide, checkpointing))

@@ -15,12 +15,14 @@ from torch import Tensor
 from palimpsest.attention.local_blend import LocalBlend
 from palimpsest.attention.pnp import PlugAndPlay
 from palimpsest.guidance.cross_attention import CrossAttentionGuidance
+from palimpsest.guidance.negative_prompt import CONSTANT, Mixture
 from palimpsest.host.guide import attach_guide
 from palimpsest.host.model import add_outermost
+from palimpsest.host.negatives import attach_mixture
 from palimpsest.host.source import attach, attach_blend
 from palimpsest.host.unet import all_layers
 from palimpsest.inversion.run import Guidance, invert
-from palimpsest.nodes.cross_attention import CrossAttentionGuidanceNode
+from palimpsest.nodes.cross_attention import TWO, CrossAttentionGuidanceNode
 from reference import explicit, in_float64
 from test_composition import controlnet
 from test_source import some_mapper, swap
@@ -30,8 +32,10 @@ AMOUNT = 0.5
 PNP = PlugAndPlay((("output", 1),), (("output", 1), ("output", 2)), 0.8, 0.4)
 
 
-def guided(tiny: Tiny, amount: float = AMOUNT, end: float = 1.0, max_side: int = 64, checkpointing=False, model=None):
-    guide = CrossAttentionGuidance(amount, end, max_side)
+def guided(
+    tiny: Tiny, amount: float = AMOUNT, end: float = 1.0, max_side: int = 64, checkpointing=False, model=None, two=False
+):
+    guide = CrossAttentionGuidance(amount, end, max_side, two)
     return attach_guide(tiny.model if model is None else model, tiny.trajectory, guide, checkpointing)
 
 
@@ -76,25 +80,30 @@ class Classic:
         options = {"patches_replace": {"attn2": dict.fromkeys(blocks, attend)}}
         return self.predict(x, self.tiny.sigmas[step].double(), prompt, options), maps
 
-    def loss(self, x: Tensor, step: int) -> Tensor:
+    def loss(self, x: Tensor, step: int, prompt: list | None = None, source: list | None = None) -> Tensor:
         """Mean over heads, sum over layers, positions and tokens, of what the two prompts' maps differ by, squared."""
         state = self.tiny.trajectory.states[step].double().clone()
-        theirs, ours = self.run(state, step, self.tiny.source)[1], self.run(x, step, self.tiny.target)[1]
+        theirs = self.run(state, step, source or self.tiny.source)[1]
+        ours = self.run(x, step, prompt or self.tiny.target)[1]
         return sum((a - b).square().sum() / a.shape[1] for a, b in zip(ours, theirs, strict=True))
 
-    def gradient(self, x: Tensor, step: int) -> Tensor:
+    def gradient(self, x: Tensor, step: int, *prompts: list) -> Tensor:
         leaf = x.clone().requires_grad_()
-        return torch.autograd.grad(self.loss(leaf, step), leaf)[0]
+        return torch.autograd.grad(self.loss(leaf, step, *prompts), leaf)[0]
 
-    def sample(self, cfg: float, amount: float) -> Tensor:
+    def sample(self, cfg: float, amount: float, two_latents: bool = False) -> Tensor:
         """DDIM (Euler in sigma) with the paper's step z - amount dL/dz, z = x / sqrt(1 + sigma^2), before each one."""
         x = self.tiny.trajectory.states[0].double().clone()
         sigmas = self.tiny.sigmas.double()
         for step, sigma in enumerate(sigmas[:-1]):
             scale = (1 + sigma**2).sqrt()
-            z = x / scale - amount * scale * self.gradient(x, step)
-            x = z * scale
-            target, negative = (self.run(x, step, prompt)[0] for prompt in (self.tiny.target, self.tiny.negative))
+
+            def moved(*prompts: list, x: Tensor = x, step: int = step, scale: Tensor = scale) -> Tensor:
+                return (x / scale - amount * scale * self.gradient(x, step, *prompts)) * scale
+
+            of_target = moved(self.tiny.target, self.tiny.source)
+            x = moved(self.tiny.negative, self.tiny.negative) if two_latents else of_target
+            target, negative = self.run(of_target, step, self.tiny.target)[0], self.run(x, step, self.tiny.negative)[0]
             x = x + (sigmas[step + 1] - sigma) * (negative + cfg * (target - negative))
         return x
 
@@ -125,12 +134,13 @@ def test_the_gradient_equals_finite_differences(kind: ModelType, max_side: int) 
 
 @KINDS
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_run_equals_the_formula_in_float64(kind: ModelType, checkpointing: bool) -> None:
+@pytest.mark.parametrize("two", [False, True])
+def test_a_run_equals_the_formula_in_float64(kind: ModelType, checkpointing: bool, two: bool) -> None:
     tiny = Tiny(model=tiny_model(kind))
-    ours = tiny.model.model.process_latent_in(tiny.sample(guided(tiny, checkpointing=checkpointing)))
+    ours = tiny.model.model.process_latent_in(tiny.sample(guided(tiny, checkpointing=checkpointing, two=two)))
     with torch.inference_mode(False), torch.enable_grad():
         classic = Classic(tiny)
-        theirs, plain = classic.sample(4.0, AMOUNT), classic.sample(4.0, 0.0)
+        theirs, plain = classic.sample(4.0, AMOUNT, two), classic.sample(4.0, 0.0)
     assert (plain - theirs).norm() > 1e-3 * theirs.norm()  # the guidance does something here
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()
 
@@ -184,6 +194,9 @@ def test_rows_a_step(tiny: Tiny) -> None:
     rows.clear()
     tiny.sample(guided(tiny, model=model), cfg=1.0)
     assert rows == [1, 1, 1] * 5
+    rows.clear()
+    tiny.sample(guided(tiny, end=0.4, model=model, two=True))
+    assert rows == [1, 1] * 3 * 2 + [2] * 3  # the negative alone as well, and the sampler's call in two
 
 
 def test_checkpointing_runs_blocks_twice_and_changes_nothing(tiny: Tiny) -> None:
@@ -215,10 +228,11 @@ def test_a_batch_equals_its_images(sources: int) -> None:
 
 
 @pytest.mark.parametrize("edit", [PNP, swap(some_mapper())], ids=["pnp", "p2p"])
-def test_it_stands_beside_an_edit_in_either_order(tiny: Tiny, edit) -> None:
+@pytest.mark.parametrize("two", [False, True])
+def test_it_stands_beside_an_edit_in_either_order(tiny: Tiny, edit, two: bool) -> None:
     alone = tiny.sample(attach(tiny.model, tiny.trajectory, edit))
-    first = tiny.sample(attach(guided(tiny), tiny.trajectory, edit))
-    last = tiny.sample(guided(tiny, model=attach(tiny.model, tiny.trajectory, edit)))
+    first = tiny.sample(attach(guided(tiny, two=two), tiny.trajectory, edit))
+    last = tiny.sample(guided(tiny, model=attach(tiny.model, tiny.trajectory, edit), two=two))
     assert torch.equal(first, last)
     assert (first - alone).norm() > 1e-3 * alone.norm()
     idle = tiny.sample(guided(tiny, amount=0.0, model=attach(tiny.model, tiny.trajectory, edit)))
@@ -292,6 +306,8 @@ def test_the_node_guides_with_its_defaults(tiny: Tiny) -> None:
     result = tiny.sample(model)
     torch.testing.assert_close(result, tiny.sample(guided(tiny, amount=0.1, checkpointing=True)))
     assert not torch.equal(result, tiny.sample(tiny.model))
+    (model,) = execute(CrossAttentionGuidanceNode, model=tiny.model, trajectory=tiny.trajectory, latents=TWO)
+    torch.testing.assert_close(tiny.sample(model), tiny.sample(guided(tiny, amount=0.1, checkpointing=True, two=True)))
 
 
 def test_what_cannot_be_guided_is_refused_in_a_sentence(tiny: Tiny) -> None:
@@ -313,6 +329,17 @@ def test_what_cannot_be_guided_is_refused_in_a_sentence(tiny: Tiny) -> None:
         tiny.sample(model, noise=tiny.noise.flip(3))
     with pytest.raises(ValueError, match="'euler_ancestral' adds fresh noise"):
         tiny.sample(model, sampler="euler_ancestral")
+
+
+def test_two_latents_want_a_plain_negative(tiny: Tiny) -> None:
+    model = guided(tiny, two=True)
+    with pytest.raises(ValueError, match="negative prompt, which this run leaves out: raise cfg, or set latents"):
+        tiny.sample(model, cfg=1.0)
+    with pytest.raises(ValueError, match="one plain negative prompt, .* or a combined one"):
+        tiny.sample(model, negative=[*tiny.negative, *tiny.target])
+    mixed = attach_mixture(tiny.model, tiny.negative, Mixture(0.5, CONSTANT))
+    with pytest.raises(ValueError, match="one plain negative prompt, not Negative Prompt Guidance"):
+        tiny.sample(guided(tiny, model=mixed, two=True))
 
 
 def test_a_patch_that_lengthens_the_prompt_inside_the_model_is_folded_or_refused(tiny: Tiny) -> None:
