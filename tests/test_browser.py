@@ -66,7 +66,9 @@ def converted(page: Page) -> Prompt:
     return page.evaluate("app.graphToPrompt().then(prompt => prompt.output)")
 
 
-@pytest.mark.parametrize("name", WITHOUT_DOWNLOAD)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "null-text" else ()) for name in WITHOUT_DOWNLOAD]
+)
 def test_opens_and_runs(page: Page, server: HostServer, name: str, tmp_path: Path) -> None:
     before = server.get_json("/history")
     open_template(page, server, name)

@@ -66,6 +66,7 @@ def test_runs_and_repeats_bit_for_bit(server: HostServer, name: str) -> None:
     assert all(np.array_equal(one, other) for one, other in zip(pictures, again, strict=True))
 
 
+@pytest.mark.slow
 def test_gradients_leave_the_server_as_it_was(server: HostServer, tmp_path: Path) -> None:
     """After workflows that take gradients an edit has the same bits as on a server that ran nothing else."""
     for name in ("null-text", "pix2pix-zero"):
