@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 KEY = "palimpsest.gradients"
-# How many times the memory that the host reserves for a plain run, with checkpointing and without: what was counted for
-# SD1.5 at 512 pixels and SDXL at 1024 fits into it.
-HELD = {True: 4, False: 20}
+# How many times the host's estimate for a row a gradient of one image needs, with checkpointing and without: what was
+# counted for SD1.5 at 512 pixels and SDXL at 1024 fits into it. A row is the least that the host keeps free of weights.
+HELD = {True: 8, False: 40}
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from .refusals import (
     check_positions_kept,
     check_prompt_kept,
     check_same_length,
-    is_mixed,
+    check_two_latents,
 )
 from .trajectory import Trajectory
 
@@ -81,7 +81,7 @@ def _outer_sample(executor, noise: Tensor, latent_image: Tensor, sampler: Sample
     if "gligen" in positive:
         raise ValueError("Cross Attention Guidance cannot work through GLIGEN: remove it from the target prompt.")
     if guider.model_options["transformer_options"][KEY].two_latents:
-        _check_two_latents(guider)
+        check_two_latents(guider)
     return executor(noise, latent_image, sampler, *args, **kwargs)
 
 
@@ -120,20 +120,6 @@ def _calc_cond_batch(executor, model, conds: list, x: Tensor, timestep: Tensor, 
     results = executor(model, others, x, timestep, model_options)
     results[at] = executor(model, target, x + ahead, timestep, model_options)[at] - ahead
     return results
-
-
-def _check_two_latents(guider: CFGGuider) -> None:
-    negatives = guider.conds.get("negative", [])
-    if guider.cfg == 1 or not negatives:
-        raise ValueError(
-            "Cross Attention Guidance with two latents moves one of them by the negative prompt, which this run leaves "
-            "out: raise cfg, or set latents to one."
-        )
-    if len(negatives) > 1 or is_mixed(guider.model_patcher):
-        raise ValueError(
-            "Cross Attention Guidance with two latents takes one plain negative prompt, not Negative Prompt Guidance, "
-            "null text or a combined one: connect a plain negative, or set latents to one."
-        )
 
 
 def _gradient(

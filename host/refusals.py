@@ -160,6 +160,22 @@ def check_run(
         )
 
 
+def check_two_latents(guider: CFGGuider) -> None:
+    """Raises ValueError for runs whose negative prompt cannot move a latent of its own."""
+    negatives = guider.conds.get("negative", [])
+    if guider.cfg == 1 or not negatives:
+        raise ValueError(
+            "Cross Attention Guidance with two latents moves one of them by the negative prompt, which this run leaves "
+            "out: raise cfg, or set latents to one."
+        )
+    limits = [name for name in ("gligen", *RANGES) if negatives[0].get(name) is not None]
+    if len(negatives) > 1 or limits or is_mixed(guider.model_patcher):
+        raise ValueError(
+            "Cross Attention Guidance with two latents takes one plain negative prompt, without Negative Prompt "
+            "Guidance, null text, GLIGEN, timestep ranges or a second prompt: connect one, or set latents to one."
+        )
+
+
 def check_replay(node: str, trajectory: Trajectory, run: Run) -> None:
     """Raises ValueError for a run that the sampler which `node` made for `trajectory` cannot give the image back in."""
     check_same_model(run.guider.model_patcher, trajectory)

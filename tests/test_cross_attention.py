@@ -213,15 +213,16 @@ def test_checkpointing_runs_blocks_twice_and_changes_nothing(tiny: Tiny) -> None
 
 
 @pytest.mark.parametrize("sources", [1, 2])
-def test_a_batch_equals_its_images(sources: int) -> None:
+@pytest.mark.parametrize("two", [False, True])
+def test_a_batch_equals_its_images(sources: int, two: bool) -> None:
     """Two images, or one that is edited by two prompts."""
     both = Tiny(batch=sources)
     prompts = [conditioning(2)[0][0], conditioning(8)[0][0]]
     noise = both.noise.expand(2, -1, -1, -1).clone()
-    together = both.sample(guided(both), positive=[[torch.cat(prompts), {}]], noise=noise)
+    together = both.sample(guided(both, two=two), positive=[[torch.cat(prompts), {}]], noise=noise)
     for i, prompt in enumerate(prompts):
         states = both.trajectory.states[:, i : i + 1] if sources == 2 else both.trajectory.states
-        guide = CrossAttentionGuidance(AMOUNT, 1.0, 64)
+        guide = CrossAttentionGuidance(AMOUNT, 1.0, 64, two)
         model = attach_guide(both.model, both.trajectory._replace(states=states), guide, False)
         alone = both.sample(model, positive=[[prompt, {}]], noise=noise[i : i + 1])
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-3, atol=1e-3)
@@ -239,14 +240,15 @@ def test_it_stands_beside_an_edit_in_either_order(tiny: Tiny, edit, two: bool) -
     assert torch.equal(idle, alone)
 
 
-def test_local_blend_has_the_last_word(tiny: Tiny) -> None:
+@pytest.mark.parametrize("two", [False, True])
+def test_local_blend_has_the_last_word(tiny: Tiny, two: bool) -> None:
     mask = torch.zeros(1, 8, 8)
     mask[..., :4, :] = 1
     blend = LocalBlend(None, 0, None, 0.3, 0.0, 0.0, 0, mask, False)
     source = tiny.model.model.process_latent_out(tiny.trajectory.states[-1])
     for model in (
-        attach_blend(guided(tiny), tiny.trajectory, blend),
-        guided(tiny, model=attach_blend(tiny.model, tiny.trajectory, blend)),
+        attach_blend(guided(tiny, two=two), tiny.trajectory, blend),
+        guided(tiny, model=attach_blend(tiny.model, tiny.trajectory, blend), two=two),
     ):
         result = tiny.sample(model)
         assert torch.equal(result[..., 4:, :], source[..., 4:, :])
@@ -335,10 +337,14 @@ def test_two_latents_want_a_plain_negative(tiny: Tiny) -> None:
     model = guided(tiny, two=True)
     with pytest.raises(ValueError, match="negative prompt, which this run leaves out: raise cfg, or set latents"):
         tiny.sample(model, cfg=1.0)
-    with pytest.raises(ValueError, match="one plain negative prompt, .* or a combined one"):
+    embedding = tiny.negative[0][0]
+    for options in ({"start_percent": 0.0, "end_percent": 0.5}, {"gligen": ("position", None, [])}):
+        with pytest.raises(ValueError, match="takes one plain negative prompt, without .* GLIGEN, timestep ranges"):
+            tiny.sample(model, negative=[[embedding, options]])
+    with pytest.raises(ValueError, match="takes one plain negative prompt, without .* or a second prompt"):
         tiny.sample(model, negative=[*tiny.negative, *tiny.target])
     mixed = attach_mixture(tiny.model, tiny.negative, Mixture(0.5, CONSTANT))
-    with pytest.raises(ValueError, match="one plain negative prompt, not Negative Prompt Guidance"):
+    with pytest.raises(ValueError, match="takes one plain negative prompt, without Negative Prompt Guidance"):
         tiny.sample(guided(tiny, model=mixed, two=True))
 
 
