@@ -91,7 +91,7 @@ def record_attention(model: ModelPatcher, trajectory: Trajectory, recording: Rec
     guider.set_cfg(1.0)
     callback = latent_preview.prepare_callback(model, trajectory.steps)
     start, quiet = trajectory.states[0], not comfy.utils.PROGRESS_BAR_ENABLED
-    guider.sample(torch.zeros_like(start), start, walk, trajectory.sigmas, None, callback, quiet, 0)
+    guider.sample(torch.zeros_like(start), start, walk, trajectory.sigmas.clone(), None, callback, quiet, 0)
     return walk.store()
 
 
@@ -146,7 +146,7 @@ class _Walk(OwnSampler):
 
     def walk(self, run: Run) -> Tensor:
         for self.now, sigma, _ in run.steps():
-            x = self.trajectory.states[self.now].to(run.latent)
+            x = self.trajectory.states[self.now].to(run.latent, copy=True)
             denoised = run.denoise(x, sigma)
             if self.steps is None:
                 self.steps = self.recording.steps_within_budget(self.sizes, self.trajectory.steps)

@@ -13,6 +13,14 @@ FORMAT = Format("palimpsest.conditioning/1", "conditioning", "Save Conditioning"
 KEY = "conditioning"
 
 
+def copied(conditioning: list) -> list:
+    """The same conditioning in tensors of its own."""
+    return [
+        [embedding.clone(), {key: v.clone() if isinstance(v, Tensor) else v for key, v in options.items()}]
+        for embedding, options in conditioning
+    ]
+
+
 def packed(conditioning: list, name: str, advice: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What a file holds of a conditioning: its tensors, and its numbers and strings as metadata.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import comfy.model_sampling as sampling
-import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from .trajectory import ModelIdentity, Trajectory
+from .weights import sampled_weights
 
 
 def prediction_type(model: ModelPatcher) -> str:
@@ -26,10 +26,8 @@ def prediction_type(model: ModelPatcher) -> str:
 
 
 def identity(model: ModelPatcher) -> ModelIdentity:
-    """What a trajectory remembers of the model that made it: the first and the last of its parameters."""
-    parameters = list(model.model.diffusion_model.parameters())
-    weights = [p.detach().flatten()[:32].to("cpu", torch.float32) for p in (parameters[0], parameters[-1])]
-    return ModelIdentity(type(model.model).__name__, prediction_type(model), torch.cat(weights))
+    """What a trajectory remembers of the model that made it."""
+    return ModelIdentity(type(model.model).__name__, prediction_type(model), *sampled_weights(model))
 
 
 def add_outermost(model: ModelPatcher, kind: str, key: str, wrapper: Callable) -> None:

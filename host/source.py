@@ -131,7 +131,7 @@ class _Run:
         The run has to have begun where the source does.
         """
         states = self.branch.trajectory.states
-        state = (states[index] if given is None else given).to(x)
+        state = (states[index] if given is None else given).to(x, copy=True)
         check_part(x, state)
         if not self.started:
             check_start(x, (states[0] if given is None else given).to(x), index)
@@ -222,7 +222,8 @@ def _outer_sample(
     guider.conds[KEY] = convert_cond([[embedding.to(positive), own]])
     run = options[RUN] = _Run(branch, guider)
     try:
-        result = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+        # A copy: uni_pc writes to the schedule that it is given, which the host keeps for the next run.
+        result = executor(noise, latent_image, sampler, sigmas.clone(), denoise_mask, *args, **kwargs)
         if branch.store is not None and run.live:
             logging.warning(
                 f"Palimpsest: the attention store lacks {len(run.live)} of {branch.trajectory.steps} steps, which ran "

@@ -42,7 +42,12 @@ def read(path: Path, kind: Format, parse: Callable[[dict[str, Tensor], dict[str,
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"'{path.name}' is not a readable safetensors file: {error}.") from error
-    if metadata.get("format") != kind.id:
+    if (found := metadata.get("format", "")) != kind.id:
+        if found.rpartition("/")[0] == kind.id.rpartition("/")[0]:
+            raise ValueError(
+                f"'{path.name}' was written by another version of Palimpsest: make the {kind.name} anew and write it "
+                f"with {kind.writer}."
+            )
         raise ValueError(f"'{path.name}' is no {kind.name}: choose a file written by {kind.writer}.")
     try:
         return parse(tensors, metadata)

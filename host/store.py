@@ -12,7 +12,7 @@ from .layer import Inputs, Layer
 from .storage import Format
 from .trajectory import Trajectory, read_file, write_file
 
-FORMAT = Format("palimpsest.attention_store/1", "attention store", "Save Attention Store")
+FORMAT = Format("palimpsest.attention_store/2", "attention store", "Save Attention Store")
 
 
 class AttentionStore(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from .conditioning import packed, unpacked
 from .storage import Format, Parsed, read, write
 
-FORMAT = Format("palimpsest.trajectory/1", "trajectory", "Save Trajectory")
+FORMAT = Format("palimpsest.trajectory/2", "trajectory", "Save Trajectory")
 
 
 def sigma_index(sigmas: Tensor, sigma: float) -> int | None:
@@ -23,18 +23,22 @@ def sigma_index(sigmas: Tensor, sigma: float) -> int | None:
 
 
 class ModelIdentity(NamedTuple):
-    """What tells one diffusion model from another: its class, its prediction type and a few of its weights."""
+    """What tells one diffusion model from another: its class, its prediction type and some of its weights.
+
+    weights: [parameters, samples]. spacing: of each the precision that it is known with, as an absolute number.
+    """
 
     name: str
     prediction: str
     weights: Tensor
+    spacing: Tensor
 
     def matches(self, other: ModelIdentity) -> bool:
-        """True for the same model, also when its weights were loaded in another precision."""
-        if (self.name, self.prediction, len(self.weights)) != (other.name, other.prediction, len(other.weights)):
+        """True for the same model, also in another precision: its weights were rounded, and nothing else."""
+        if (self.name, self.prediction, self.weights.shape) != (other.name, other.prediction, other.weights.shape):
             return False
-        difference = (self.weights - other.weights).norm()
-        return bool(difference <= 0.01 * self.weights.norm())
+        rounded = torch.maximum(self.spacing, other.spacing)
+        return bool(((self.weights - other.weights).abs() <= rounded).all())
 
 
 class Trajectory(NamedTuple):
@@ -77,7 +81,8 @@ def write_file(path: Path, kind: Format, trajectory: Trajectory, tensors: dict, 
     advice = f"invert without it, or keep the {kind.name} in the workflow instead of {kind.writer}."
     source, values = packed(trajectory.conditioning, "The trajectory's source conditioning", advice)
     model = {"model": trajectory.model.name, "prediction": trajectory.model.prediction}
-    own = {"states": trajectory.states, "sigmas": trajectory.sigmas, "model.weights": trajectory.model.weights}
+    own = {"states": trajectory.states, "sigmas": trajectory.sigmas}
+    own |= {"model.weights": trajectory.model.weights, "model.spacing": trajectory.model.spacing}
     write(path, kind, tensors | own | source, metadata | model | values)
 
 
@@ -90,8 +95,8 @@ def read_file(path: Path, kind: Format, parse: Callable[[Trajectory, dict, dict]
 
 
 def _read_trajectory(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Trajectory:
-    model = ModelIdentity(metadata["model"], metadata["prediction"], tensors["model.weights"])
-    trajectory = Trajectory(tensors["states"], tensors["sigmas"], unpacked(tensors, metadata), model)
+    known = metadata["model"], metadata["prediction"], tensors["model.weights"], tensors["model.spacing"]
+    trajectory = Trajectory(tensors["states"], tensors["sigmas"], unpacked(tensors, metadata), ModelIdentity(*known))
     if trajectory.states.ndim != 5 or len(trajectory.states) != len(trajectory.sigmas):
         raise ValueError("its states do not fit its sigmas")
     if not (trajectory.sigmas.diff() < 0).all():

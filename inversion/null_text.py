@@ -20,6 +20,7 @@ from comfy.samplers import calc_cond_batch, sampler_object
 from comfy.utils import repeat_to_batch_size
 from torch import Tensor
 
+from ..host.conditioning import copied
 from ..host.gradients import constant_control, differentiable, gradients
 from ..host.model import noise_latent
 from ..host.refusals import (
@@ -212,7 +213,7 @@ def null_text(
     Raises ValueError as `check`.
     """
     check(model, pivot, start, settings)
-    ((embedding, options),), ((_, source),) = start, pivot.conditioning
+    ((embedding, options),), ((_, source),) = copied(start), pivot.conditioning
     if source.get("control_apply_to_uncond"):
         options = {"control": source["control"], **options}  # the host would give it to the first negative only
     embedding = repeat_to_batch_size(embedding.to("cpu", torch.float32), pivot.states.shape[1])

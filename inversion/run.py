@@ -13,6 +13,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider, Sampler
 from torch import Tensor
 
+from ..host.conditioning import copied
 from ..host.model import identity, prediction_type
 from ..host.refusals import check_deterministic, check_latent, check_unguided
 from ..host.sampler import OwnSampler, Run
@@ -152,7 +153,7 @@ def sample(
     callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
     guider = guidance.guider(model)
     quiet = not comfy.utils.PROGRESS_BAR_ENABLED
-    result = guider.sample(noise, samples, sampler, sigmas, None, callback, quiet, seed)
+    result = guider.sample(noise, samples, sampler, sigmas.clone(), None, callback, quiet, seed)  # some write to them
     if not torch.isfinite(result).all():
         raise ValueError(
             "Sampling ended in NaN or infinite values: load the MODEL in fp32 or bf16 (weight_dtype), or lower cfg."
@@ -162,4 +163,5 @@ def sample(
 
 def as_trajectory(model: ModelPatcher, guidance: Guidance, states: list[Tensor], sigmas: Tensor) -> Trajectory:
     """The trajectory of a run's states [b, c, h, w] at each of `sigmas`."""
-    return Trajectory(torch.stack(states), sigmas.to("cpu", torch.float32), guidance.positive, identity(model))
+    conditioning = copied(guidance.positive)
+    return Trajectory(torch.stack(states), sigmas.to("cpu", torch.float32, copy=True), conditioning, identity(model))

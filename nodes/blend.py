@@ -10,7 +10,7 @@ from ..attention.local_blend import LocalBlend
 from ..attention.phrases import changed_columns, phrase_columns, split_phrases
 from ..host.source import attach_blend
 from . import sockets
-from .widgets import fraction
+from .widgets import drawn, fraction
 
 INTERSECT, UNITE = "intersect", "unite"
 
@@ -104,7 +104,7 @@ class LocalBlendNode(io.ComfyNode):
             subtract_threshold,
             start,
             soft_edge,
-            mask,
+            None if mask is None else drawn(mask),
             mask_mode == UNITE,
         )
         return io.NodeOutput(attach_blend(model, trajectory, blend))

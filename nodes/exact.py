@@ -7,13 +7,12 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..host.model import noise_latent
 from ..host.trajectory import Trajectory
 from ..inversion.ddim import leading_sigmas
 from ..inversion.replay import invert_edict, invert_edit_friendly
 from ..inversion.run import Guidance
 from . import sockets
-from .widgets import fraction, image_to_invert, inverting_negative, noise_and_sigmas
+from .widgets import fraction, image_to_invert, inverting_negative, noise_and_sigmas, noise_and_sigmas_of
 
 
 def common_inputs(steps: int, cfg: float) -> list[io.Input]:
@@ -50,7 +49,7 @@ def schedule(model: ModelPatcher, steps: int, skipped: int) -> Tensor:
 
 
 def answer(model: ModelPatcher, trajectory: Trajectory, sampler: comfy.samplers.Sampler) -> io.NodeOutput:
-    return io.NodeOutput(trajectory, {"samples": noise_latent(model, trajectory)}, trajectory.sigmas, sampler)
+    return io.NodeOutput(trajectory, *noise_and_sigmas_of(model, trajectory), sampler)
 
 
 class EditFriendlyInversion(io.ComfyNode):

@@ -14,7 +14,7 @@ from ..host.source import attach
 from ..host.trajectory import Trajectory
 from ..host.unet import blocks_with, decoder_from_second, last_layers, parse_blocks
 from . import sockets
-from .widgets import fraction
+from .widgets import drawn, fraction
 
 CUSTOM = "custom"
 
@@ -165,4 +165,4 @@ def _foreground(
             f"MasaCtrl got {counts[0]} source masks, {counts[1]} target masks and {counts[2]} images: with masks it "
             "edits one image at a time."
         )
-    return source_mask[0], target_mask[0]
+    return drawn(source_mask[0]), drawn(target_mask[0])

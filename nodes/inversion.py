@@ -11,7 +11,7 @@ from ..host.model import noise_latent
 from ..inversion.ddim import leading_sigmas
 from ..inversion.run import Guidance, Refinement, invert, record
 from . import sockets
-from .widgets import image_to_invert, inverting_negative, noise_and_sigmas
+from .widgets import image_to_invert, inverting_negative, noise_and_sigmas, noise_and_sigmas_of
 
 LEADING = "ddim (diffusers leading)"
 
@@ -126,7 +126,7 @@ class DDIMInversion(io.ComfyNode):
             sigmas = comfy.samplers.calculate_sigmas(model_sampling, schedule, steps).cpu()
         refinement = Refinement(iterations, average, autocorrelation, kl)
         trajectory = invert(model, Guidance(source, negative, cfg), image["samples"], sigmas, refinement)
-        return io.NodeOutput(trajectory, {"samples": noise_latent(model, trajectory)}, trajectory.sigmas)
+        return io.NodeOutput(trajectory, *noise_and_sigmas_of(model, trajectory))
 
 
 class RecordTrajectory(io.ComfyNode):

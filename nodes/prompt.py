@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..attention import alignment_picture
 from ..attention.alignment import ALIGNMENTS, carry_over, join, resolve, same_prompt
 from ..attention.alignment import PromptEdit as Edit
+from ..host.conditioning import copied
 from ..host.tokens import prompt_words
 from . import sockets
 
@@ -77,14 +78,8 @@ class PromptEdit(io.ComfyNode):
         conditionings = [
             clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for prompt in (source_prompt, target_prompt)
         ]
-        (source_embedding, _), (target_embedding, target_options) = (conditioning[0] for conditioning in conditionings)
-        edit = Edit(
-            source,
-            (target,),
-            (alignment,),
-            (source_embedding, target_embedding),
-            target_options.get("pooled_output"),
-        )
+        (source_embedding, _), (target_embedding, options) = (copied(conditioning)[0] for conditioning in conditionings)
+        edit = Edit(source, (target,), (alignment,), (source_embedding, target_embedding), options.get("pooled_output"))
         picture = alignment_picture.draw(source, target, carry_over(source, target, alignment))
         return io.NodeOutput(*conditionings, edit, picture)
 
@@ -126,4 +121,4 @@ class BatchPromptEdits(io.ComfyNode):
                     "give every Prompt Edit the same CLIP and source_prompt."
                 )
         edit = join(edits)
-        return io.NodeOutput([[edit.embeddings[1], {"pooled_output": edit.pooled}]], edit)
+        return io.NodeOutput(copied([[edit.embeddings[1], {"pooled_output": edit.pooled}]]), edit)

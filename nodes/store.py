@@ -8,12 +8,11 @@ from comfy_api.latest import io, ui
 
 from ..attention.p2p import Window
 from ..attention.record import Recording, record_attention
-from ..host.model import noise_latent
 from ..host.refusals import check_same_model, check_unet
 from ..host.store import AttentionStore
 from ..host.unet import decoder_from_second
 from . import files, sockets
-from .widgets import fraction, noise_and_sigmas, saved_file, saved_name
+from .widgets import fraction, noise_and_sigmas, noise_and_sigmas_of, saved_file, saved_name
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEVICES = {"cpu": torch.device("cpu"), "gpu": None}
@@ -166,7 +165,7 @@ class LoadAttentionStore(io.ComfyNode):
         store = AttentionStore.load(files.existing(file, "Load Attention Store"))
         trajectory = store.trajectory
         check_same_model(model, trajectory)
-        return io.NodeOutput(store, trajectory, {"samples": noise_latent(model, trajectory)}, trajectory.sigmas)
+        return io.NodeOutput(store, trajectory, *noise_and_sigmas_of(model, trajectory))
 
 
 def _summary(store: AttentionStore, recording: Recording) -> str:

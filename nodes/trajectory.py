@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host.model import noise_latent
 from ..host.refusals import check_same_model
 from ..host.trajectory import Trajectory
 from . import files, sockets
-from .widgets import noise_and_sigmas, saved_file, saved_name
+from .widgets import noise_and_sigmas, noise_and_sigmas_of, saved_file, saved_name
 
 
 class SaveTrajectory(io.ComfyNode):
@@ -68,4 +67,4 @@ class LoadTrajectory(io.ComfyNode):
     def execute(cls, model, file) -> io.NodeOutput:
         trajectory = Trajectory.load(files.existing(file, "Load Trajectory"))
         check_same_model(model, trajectory)
-        return io.NodeOutput(trajectory, {"samples": noise_latent(model, trajectory)}, trajectory.sigmas)
+        return io.NodeOutput(trajectory, *noise_and_sigmas_of(model, trajectory))

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..host.model import noise_latent
+from ..host.trajectory import Trajectory
 from . import files
+
+GREY_LEVEL = 1 / 255
 
 
 def fraction(name: str, default: float, tooltip: str, advanced: bool = False) -> io.Float.Input:
@@ -52,3 +58,16 @@ def noise_and_sigmas() -> list[io.Output]:
         io.Latent.Output("noise", tooltip="The inverted noise: latent_image of the sampler, add_noise disabled."),
         io.Sigmas.Output("sigmas", tooltip="The schedule, for SamplerCustom."),
     ]
+
+
+def noise_and_sigmas_of(model: ModelPatcher, trajectory: Trajectory) -> tuple[dict, Tensor]:
+    """These outputs. Copies: a sampler may write to the sigmas that it is given."""
+    return {"samples": noise_latent(model, trajectory)}, trajectory.sigmas.clone()
+
+
+def drawn(mask: Tensor) -> Tensor:
+    """A mask [..., h, w] as whoever drew it means it: what is one level of grey from black or white is black or white.
+
+    The host loads 8-bit grey pictures as v / 256, and their white as 0.996.
+    """
+    return ((mask - GREY_LEVEL) / (1 - 2 * GREY_LEVEL)).clamp(0, 1)
