@@ -34,7 +34,7 @@ def check_same_model(model: ModelPatcher, trajectory: Trajectory) -> None:
     if not identity(model).matches(trajectory.model):
         raise ValueError(
             f"The trajectory was made with another model ({trajectory.model.name}, {trajectory.model.prediction}) than "
-            "the MODEL to edit: connect the same checkpoint to both, or invert the image again."
+            "the MODEL to edit: connect the same checkpoint or merge to both, or invert the image again."
         )
 
 
