@@ -6,6 +6,7 @@ import inspect
 
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy.samplers import KSAMPLER, CFGGuider, Sampler
@@ -208,9 +209,17 @@ def _check_conditionings(guider: CFGGuider) -> None:
         )
     if any(positive[0].get(name) is not None for name in RANGES):
         raise ValueError("The target prompt is limited to a part of the run: remove its timestep range.")
+    if positive[0].get("mask") is not None:
+        raise ValueError(
+            "The target prompt has a mask, outside which nothing would be sampled: remove Conditioning (Set Mask) from "
+            "it, and connect the mask to Local Blend."
+        )
     for name, entries in guider.conds.items():
-        if any("area" in entry for entry in entries):
-            raise ValueError(f"The {name} prompt is limited to an area, but edits need the whole image: remove it.")
+        if any("area" in entry or entry.get("set_area_to_bounds") for entry in entries):
+            raise ValueError(
+                f"The {name} prompt is limited to an area, but edits need the whole image: remove the area, or "
+                "set set_cond_area of Conditioning (Set Mask) to default."
+            )
 
 
 def check_start(x: Tensor, noise: Tensor, index: int) -> None:
@@ -278,5 +287,20 @@ def check_part(x: Tensor, state: Tensor) -> None:
     if x.shape[1:] != state.shape[1:] or len(state) not in (1, len(x)):
         raise ValueError(
             f"The model is called on a part of shape {list(x.shape)} of the trajectory's {list(state.shape)}: remove "
-            "context windows and tiling from this MODEL."
+            "context windows, tiling and areas."
+        )
+
+
+def check_all_images(x: Tensor, images: int) -> None:
+    """Raises ValueError where the model is called on less than the batch, whose images have prompts in turn."""
+    if len(x) != images:
+        raise ValueError(f"The model is called on {len(x)} of {images} images: remove context windows from this MODEL.")
+
+
+def check_one_model(model: BaseModel, guider: CFGGuider, node: str) -> None:
+    """Raises ValueError where a guider runs a prompt that reads from the source on a model of its own."""
+    if model is not guider.inner_model:
+        raise ValueError(
+            f"The guider {type(guider).__name__} runs a prompt on another checkpoint than the MODEL to edit, and "
+            f"{node} knows the source in that one alone: connect the same checkpoint to both, or use CFGGuider."
         )

@@ -85,7 +85,7 @@ def blend(width: int) -> LocalBlend:
 
 
 def stored(model: ModelPatcher, tiny: Tiny) -> AttentionStore:
-    recording = Recording(ALWAYS, ALWAYS, 64, sys.maxsize, torch.float32, torch.device("cpu"))
+    recording = Recording(ALWAYS, ALWAYS, 64, sys.maxsize, torch.float32, torch.device("cpu"), ALWAYS, (("output", 1),))
     return record_attention(model, tiny.trajectory, recording)
 
 
@@ -265,10 +265,10 @@ def test_a_local_blend_leaves_a_node_its_work(tiny: Tiny, sampled: Callable, nod
     assert not close(blended[..., :4], tiny.image[..., :4])
 
 
-@pytest.mark.parametrize("node", but("pag", *UNMEASURED))
+@pytest.mark.parametrize("node", but(*UNMEASURED))
 @each_edit
 def test_an_attention_store_gives_the_live_result(tiny: Tiny, sampled: Callable, node: str, kind: str) -> None:
-    """But with PAG, whose second call the source joins live, perturbed too."""
+    """Also with PAG, whose second call the source joins live, perturbed too."""
     model, rows = rows_of(NODES[node](tiny.model))
     store = stored(tiny.model if node in GUIDANCE else model, tiny)
     rows.clear()
