@@ -12,7 +12,7 @@ from torch import Tensor
 from .layer import Block, Inputs, Layer, Read, Rule
 from .maps import WordMaps, token_maps
 from .patches import layer_of
-from .refusals import check_positions_kept, check_prompt_kept
+from .refusals import check_positions_kept, check_prompt_kept, check_stored
 
 KEY = "palimpsest"
 CHUNKS, READS = f"{KEY}.chunks", f"{KEY}.reads"
@@ -55,6 +55,7 @@ class Call:
             if self.awaited(rule, chunks):
                 self.kept[layer] = supplied
         else:
+            check_stored(layer, self.kept)
             supplied = self.kept[layer]
         reads: dict[int, tuple[Read, ...]] = {}
         for at in self.readers(rule, chunks):
@@ -120,6 +121,7 @@ class Call:
             if self.awaited(rule, chunks):
                 self.kept[layer] = Inputs(supplied, supplied, supplied)
         else:
+            check_stored(layer, self.kept)
             supplied = self.kept[layer].query.to(features)
         features = features.clone()
         for at in self.readers(rule, chunks):

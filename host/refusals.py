@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -12,6 +13,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import KSAMPLER, CFGGuider, Sampler
 from torch import Tensor
 
+from .layer import Layer
 from .model import identity
 from .sampler import Run
 from .trajectory import Trajectory
@@ -261,6 +263,25 @@ def check_positions_kept(positions: int, kept: int) -> None:
         raise ValueError(
             f"Another patch changed a layer of {kept} positions to {positions}, where words are to be located: "
             "remove token merging from this MODEL."
+        )
+
+
+def check_one_size(layer: Layer, known: Collection[Layer]) -> None:
+    """Raises ValueError where a layer that is to be recorded has another size than at the steps before."""
+    if layer not in known:
+        raise ValueError(
+            f"A node such as PatchModelAddDownscale changes {layer.block} block {layer.number} to "
+            f"{layer.height} x {layer.width} during the run, but an attention store holds one size of a layer: edit "
+            "this MODEL without an attention store."
+        )
+
+
+def check_stored(layer: Layer, stored: Collection[Layer]) -> None:
+    """Raises ValueError where an attention store holds a layer at another size than it has in the edit."""
+    if layer not in stored:
+        raise ValueError(
+            f"The attention store does not hold {layer.block} block {layer.number} at the {layer.height} x "
+            f"{layer.width} positions that it has here: record it from a MODEL with the same nodes, or edit without it."
         )
 
 
