@@ -39,7 +39,7 @@ def edit_of(kind: str) -> Edit:
     if kind == "refine and reweight":
         refined = edit("refine")
         return dataclasses.replace(refined, gain=torch.linspace(0, 2, 77)[None])
-    if kind == "masactrl with masks":
+    if kind == "with masks":
         foreground = (torch.arange(8) < 4).float().expand(8, 8)
         return dataclasses.replace(edit("masactrl"), masks=(foreground, foreground.flip(-1)))
     return edit("swap" if kind == "local blend" else kind)

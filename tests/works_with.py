@@ -49,10 +49,10 @@ from tiny import WIDTH, Tiny, conditioning, execute, tiny_model
 EDITORS = {
     "PalimpsestP2PAttentionController": ("swap", "refine and reweight"),
     "PalimpsestPnPFeatureInjector": ("pnp",),
-    "PalimpsestMasaCtrl": ("masactrl", "masactrl with masks"),
+    "PalimpsestMasaCtrl": ("masactrl", "with masks"),
     "PalimpsestLocalBlend": ("local blend",),
 }
-"""The kinds of edit that each editor's help page speaks for."""
+"""The kinds of edit that each editor's help page speaks for, the usual one first."""
 
 
 class Refused(NamedTuple):
@@ -221,13 +221,25 @@ def with_noise_mask(tiny: Tiny, model: ModelPatcher) -> Tensor:
 
 WITH, BEFORE = "the MODEL with it", "the MODEL before it"
 GUIDES = Refused("carries another node's guidance", BEFORE)
+WHOLE_LAYERS = Refused("remove token merging or HyperTile from this MODEL", "remove it, or the masks")
 CACHES = Refused("leaves some out", BEFORE)
 
 ROWS = (
     Row("FreeU", node(FreeU), inversion=WITH),
     Row("FreeU_V2", node(FreeU_V2), inversion=WITH),
-    Row("HyperTile", lambda model: HyperTile.execute(model, 32, 1, 0, False)[0], inversion=WITH),
-    Row("TomePatchModel", node(TomePatchModel), inversion=WITH, store="its random draws differ"),
+    Row(
+        "HyperTile",
+        lambda model: HyperTile.execute(model, 32, 1, 0, False)[0],
+        inversion=WITH,
+        refused={"with masks": WHOLE_LAYERS},
+    ),
+    Row(
+        "TomePatchModel",
+        node(TomePatchModel),
+        inversion=WITH,
+        store="its random draws differ",
+        refused={"with masks": WHOLE_LAYERS},
+    ),
     Row(
         "PatchModelAddDownscale (Kohya Deep Shrink)",
         node(PatchModelAddDownscale, block_number=1),
@@ -319,7 +331,7 @@ ROWS = (
         sample=dual_model(lambda model: tiny_model(seed=9)),
         refused={
             kind: Refused("on another checkpoint than the MODEL to edit", "connect one checkpoint to both")
-            for kind in ("pnp", "masactrl", "masactrl with masks")
+            for kind in ("pnp", "masactrl", "with masks")
         },
     ),
     Row(
@@ -335,6 +347,10 @@ ROWS = (
 # --- the help --------------------------------------------------------------------------------------------------------
 
 
+def told(refused: Refused | None, otherwise: str = "") -> str:
+    return otherwise if refused is None else f"refused: {refused.advice}"
+
+
 def help_section(page: str) -> str:
     """The part of an editor's help page that tells what it works with."""
     lines = [
@@ -347,13 +363,12 @@ def help_section(page: str) -> str:
         "|---|---|---|---|",
     ]
     for row in ROWS:
-        (refused,) = {row.outcome(kind) for kind in EDITORS[page]}
-        edit = (
-            ("works where it comes first" if row.first else "works")
-            if refused is None
-            else f"refused: {refused.advice}"
-        )
-        store = row.store if isinstance(row.store, str) else f"refused: {row.store.advice}"
+        usual, *special = EDITORS[page]
+        edit = told(row.outcome(usual), "works where it comes first" if row.first else "works")
+        for kind in special:
+            if row.outcome(kind) != row.outcome(usual):
+                edit += f"; {kind}: {told(row.outcome(kind), 'works')}"
+        store = "" if row.outcome(usual) else row.store if isinstance(row.store, str) else told(row.store)
         inversion = row.inversion.advice if isinstance(row.inversion, Refused) else row.inversion or ""
-        lines.append(f"| {row.name} | {edit} | {store if refused is None else ''} | {inversion} |")
+        lines.append(f"| {row.name} | {edit} | {store} | {inversion} |")
     return "\n".join([*lines, "", ""])
