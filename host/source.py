@@ -167,19 +167,19 @@ class _Run:
         if target is None:  # a guider that calls prompt by prompt, or a node that calls the negative again
             rules = [rule for rule in rules if rule.everyone]
         word_maps = None if target is None else self.word_maps(index, x)
-        if not rules and word_maps is None:
+        present = [i for i, _ in _running(conds, x, timestep)]
+        if not present or (not rules and word_maps is None):
             return None
         for rule in rules:
             check_one_model(model, self.guider, rule.node)
         kept = None
         own = self.guider.model_options["transformer_options"]
-        if options.get("patches_replace") == own.get("patches_replace"):  # or else the source has to run so as well
+        if options.get("patches_replace") == own.get("patches_replace"):  # or else the source runs with the others too
             kept = self.stored(index, rules, word_maps)
             if kept is None:
                 self.live.add(index)
         tokens = self.source["cross_attn"].shape[1], positive[0]["cross_attn"].shape[1]
         source = len(conds) if kept is None else None
-        present = [i for i, _ in _running(conds, x, timestep)]
         return Call(rules, index, state, source, target, present, tokens, word_maps, kept or {})
 
     def word_maps(self, index: int, x: Tensor) -> WordMaps | None:

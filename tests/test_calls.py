@@ -15,7 +15,7 @@ from comfy_extras.nodes_custom_sampler import DualCFGGuider, DualModelGuider
 from comfy_extras.nodes_perpneg import PerpNeg, PerpNegGuider
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiTSimple
-from nodes import ConditioningSetMask
+from nodes import ConditioningSetMask, ConditioningSetTimestepRange
 from torch import Tensor
 
 from palimpsest.host.source import attach, attach_blend
@@ -161,6 +161,15 @@ def test_a_guider_that_comes_to_cfg_gives_what_cfg_gives(tiny: Tiny, kind: str, 
     """At one model, an empty weight of the second negative, or no layer to skip."""
     model = edited(tiny, kind, way)
     assert distance(run(tiny, GUIDERS[guider](tiny, model)), tiny.sample(model)) < 1e-5
+
+
+@each_edit
+def test_a_negative_that_is_over_leaves_a_call_of_nothing(tiny: Tiny, kind: str) -> None:
+    """Where a guider calls it by itself, as where it stands beside the target."""
+    negative = ConditioningSetTimestepRange().set_range(tiny.negative, 0.0, 0.5)[0]
+    model = edited(tiny, kind)
+    guider = DualModelGuider.execute(model, tiny.target, 4.0, model_negative=model, negative=negative).result[0]
+    assert distance(run(tiny, guider), tiny.sample(model, negative=negative)) < 1e-5
 
 
 @each_edit

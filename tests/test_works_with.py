@@ -26,10 +26,7 @@ STEPS = 3
 
 
 def each(rows: Iterable[Row]) -> pytest.MarkDecorator:
-    slow = pytest.mark.slow
-    return pytest.mark.parametrize(
-        "row", [pytest.param(row, id=row.name, marks=[slow] if row.slow else []) for row in rows]
-    )
+    return pytest.mark.parametrize("row", rows, ids=lambda row: row.name)
 
 
 each_kind = pytest.mark.parametrize("kind", [kind for kinds in EDITORS.values() for kind in kinds])
@@ -95,7 +92,9 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 @each(ROWS)
 @each_kind
-def test_edit_and_node(row: Row, kind: str, base: Tiny, beside: Callable, edits: Callable) -> None:
+def test_edit_and_node(
+    row: Row, kind: str, base: Tiny, beside: Callable, edits: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
     """Both take effect in either order, live and from a store; or a sentence says why not."""
     setting, refused = beside(row), row.outcome(kind)
     if refused is not None:
@@ -109,6 +108,7 @@ def test_edit_and_node(row: Row, kind: str, base: Tiny, beside: Callable, edits:
         last = setting.sample(row.model(edited(setting.tiny, kind, setting.plain, setting.store)))
     assert torch.isfinite(first).all()
     assert apart(last, first) < 1e-4
+    assert "the attention store lacks" not in caplog.text
     assert apart(first, setting.alone) > 1e-3
     assert (apart(first, edits(kind)) > 1e-3) if row.acts else (apart(first, edits(kind)) < 1e-4)
     if kind == "local blend":

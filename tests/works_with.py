@@ -70,7 +70,7 @@ class Row:
     inversion: whether the trajectory is made with it ("with it"), without it ("before it"), or by whom it is refused;
     None where it is no node of a MODEL. store: whether an attention store gives the live result, or is refused, or why
     it is not compared. refused: by kind of edit, or for all kinds under "". acts: whether it changes the tiny samples.
-    first: whether it has to stand before the edit, for it makes another model. slow: whether its tests are.
+    first: whether it has to stand before the edit, for it makes another model.
     """
 
     name: str
@@ -81,7 +81,6 @@ class Row:
     refused: Mapping[str, Refused] = field(default_factory=dict)
     acts: bool = True
     first: bool = False
-    slow: bool = False
 
     def outcome(self, kind: str) -> Refused | None:
         return self.refused.get(kind, self.refused.get(""))
@@ -280,7 +279,7 @@ ROWS = (
     Row("Epsilon Scaling", node(EpsilonScaling, scaling_factor=1.05), inversion=GUIDES),
     Row("TSR - Temporal Score Rescaling", node(TemporalScoreRescaling), inversion=GUIDES),
     Row("Perp-Neg", lambda model: PerpNeg.execute(model, conditioning(6), 1.0).result[0], inversion=GUIDES),
-    Row("TorchCompileModel", compiled, inversion=BEFORE, acts=False, slow=True),
+    Row("TorchCompileModel", compiled, inversion=BEFORE, acts=False),
     Row("EasyCache", node(EasyCacheNode, start_percent=0.0, end_percent=1.0, reuse_threshold=3.0), inversion=CACHES),
     Row("LazyCache", node(LazyCacheNode, start_percent=0.0, end_percent=1.0, reuse_threshold=3.0), inversion=CACHES),
     Row(
