@@ -16,6 +16,7 @@ from ..host.layer import Block, Inputs, Layer
 from ..host.maps import token_maps
 from ..host.patches import layer_of, with_enter, with_measure
 from ..host.refusals import (
+    check_one_size,
     check_positions_kept,
     check_prompt_kept,
     check_same_model,
@@ -130,7 +131,9 @@ class _Walk(OwnSampler):
         return features
 
     def keep(self, layer: Layer, supplied: Tensor) -> None:
-        self.sizes.setdefault(layer, supplied.numel())
+        if self.now == 0:
+            self.sizes[layer] = supplied.numel()
+        check_one_size(layer, self.sizes)
         within = self.steps is None or self.now in self.steps
         if within and self.recording.wants(layer, self.now / self.trajectory.steps):
             self.inputs[self.now, layer] = supplied.to(self.recording.device, self.recording.dtype, copy=True)

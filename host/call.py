@@ -12,7 +12,7 @@ from torch import Tensor
 from .layer import Block, Inputs, Layer, Read, Rule
 from .maps import WordMaps, token_maps
 from .patches import layer_of
-from .refusals import check_positions_kept, check_prompt_kept
+from .refusals import check_positions_kept, check_prompt_kept, check_stored
 
 KEY = "palimpsest"
 CHUNKS, READS = f"{KEY}.chunks", f"{KEY}.reads"
@@ -27,14 +27,16 @@ def place(conds: Sequence[Sequence[dict] | None], sought: Iterable[dict]) -> int
 
 @dataclass
 class Call:
-    """One model call. Chunks are known by their cond index; each is an equal share of the rows of a batch."""
+    """One model call. Its chunks are equal shares of the rows of a batch, known by their place among the cond indices
+    of a UNet call; several may be of one index.
+    """
 
     rules: list[Rule]
     index: int  # of the trajectory's state
     state: Tensor  # [1 or b, c, h, w]
     source: int | None  # None where the store stands in for it
-    target: int
-    present: list[int]  # the conditionings that run at all
+    target: int | None  # None where only others read
+    present: list[int]  # the index of every entry that runs at all
     tokens: tuple[int, int]  # of the source's and of the target's prompt, before the host tiles them
     word_maps: WordMaps | None
     kept: dict[Layer, Inputs] = field(default_factory=dict)  # of the source, from the store or from its own row
@@ -48,22 +50,25 @@ class Call:
         if rule is None:
             return rows
         chunks = extra_options[CHUNKS]
-        supplied = self.chunk(rows, chunks, self.source, kind) if self.source in chunks else self.kept[layer]
-        if self.source in chunks and self.awaited(rule, chunks):
-            self.kept[layer] = supplied
+        if self.source in chunks:
+            supplied = self.chunk(rows, chunks, chunks.index(self.source), kind)
+            if self.awaited(rule, chunks):
+                self.kept[layer] = supplied
+        else:
+            check_stored(layer, self.kept)
+            supplied = self.kept[layer]
         reads: dict[int, tuple[Read, ...]] = {}
-        for index in self.readers(rule, chunks):
-            own = self.chunk(rows, chunks, index, kind)
+        for at in self.readers(rule, chunks):
+            own = self.chunk(rows, chunks, at, kind)
             source = Inputs(*(t.to(own.query).expand(len(own.query), -1, -1) for t in supplied))
-            reads[index] = rule.read(layer, source, own)
-        further = [index for index, terms in reads.items() for _ in terms[1:]]
+            reads[at] = rule.read(layer, source, own)
+        further = [at for at, terms in reads.items() for _ in terms[1:]]
+        seen = extra_options["cond_or_uncond"]
         extra_options[READS] = reads
         extra_options[CHUNKS] = [*chunks, *[TERM] * len(further)]
-        extra_options["cond_or_uncond"] = [*extra_options["cond_or_uncond"], *further]
-        places = {index: slice_of(rows.query, chunks, index) for index in reads}
-        return _with_rows(
-            rows, places, {index: [_scaled(t, len(terms)) for t in terms] for index, terms in reads.items()}
-        )
+        extra_options["cond_or_uncond"] = [*seen, *[seen[at] for at in further]]
+        places = {at: slice_of(rows.query, chunks, at) for at in reads}
+        return _with_rows(rows, places, {at: [_scaled(t, len(terms)) for t in terms] for at, terms in reads.items()})
 
     def rule(self, layer: Layer) -> Rule | None:
         """The one edit that replaces this layer, if any."""
@@ -75,12 +80,15 @@ class Call:
             )
         return rules[0] if rules else None
 
-    def readers(self, rule: Rule, chunks: Iterable[int]) -> list[int]:
-        return [index for index in chunks if index == self.target or (rule.everyone and index != self.source)]
+    def readers(self, rule: Rule, chunks: Sequence[int]) -> list[int]:
+        """The places of the chunks that read from the source."""
+        return [
+            at for at, index in enumerate(chunks) if index == self.target or (rule.everyone and index != self.source)
+        ]
 
     def awaited(self, rule: Rule, chunks: list[int]) -> bool:
         """Whether a chunk that reads from the source runs in a later UNet call than these."""
-        return any(index not in chunks for index in self.readers(rule, self.present))
+        return len(self.readers(rule, self.present)) > len(self.readers(rule, chunks))
 
     def leave(self, rows: Tensor, extra_options: dict) -> Tensor:
         """The layer's output [rows, positions, channels], the terms of each attention joined.
@@ -94,8 +102,8 @@ class Call:
         chunks = extra_options[CHUNKS][:-further]
         others = iter(rows.chunk(len(chunks) + further)[-further:])
         rows = rows[: -further * (len(rows) // (len(chunks) + further))].clone()
-        for index, (first, *rest) in reads.items():
-            where = slice_of(rows, chunks, index)
+        for at, (first, *rest) in reads.items():
+            where = slice_of(rows, chunks, at)
             joined = rows[where] * _share(first, len(rest) + 1)
             for term in rest:
                 joined = joined + next(others) * _share(term, len(rest) + 1)
@@ -109,14 +117,15 @@ class Call:
         (rule,) = (rule for rule in self.rules if block in rule.features)
         layer = Layer("feature", *block, 0, *features.shape[2:])
         if self.source in chunks:
-            supplied = features[slice_of(features, chunks, self.source)]
+            supplied = features[slice_of(features, chunks, chunks.index(self.source))]
             if self.awaited(rule, chunks):
                 self.kept[layer] = Inputs(supplied, supplied, supplied)
         else:
+            check_stored(layer, self.kept)
             supplied = self.kept[layer].query.to(features)
         features = features.clone()
-        for index in self.readers(rule, chunks):
-            features[slice_of(features, chunks, index)] = supplied
+        for at in self.readers(rule, chunks):
+            features[slice_of(features, chunks, at)] = supplied
         return features
 
     def measure(self, query: Tensor, key: Tensor, extra_options: dict) -> None:
@@ -127,38 +136,38 @@ class Call:
         check_positions_kept(query.shape[1], layer.positions)
         chunks, heads = extra_options[CHUNKS], extra_options["n_heads"]
         of_source, of_target = self.word_maps.columns
-        size = len(query) // len(chunks)
 
         def maps(at: int, tokens: int) -> Tensor:
-            rows = slice(at * size, (at + 1) * size)
+            rows = slice_of(query, chunks, at)
             check_prompt_kept(key.shape[1], tokens)
             return token_maps(query[rows], key[rows], heads, tokens)
 
         if self.source in chunks:
             self.word_maps.add("source", maps(chunks.index(self.source), self.tokens[0]) @ of_source)
         if self.target in chunks:
-            reads = extra_options.get(READS, {}).get(self.target, (None,))
+            target = chunks.index(self.target)
+            reads = extra_options.get(READS, {}).get(target, (None,))
             further = [i for i, chunk in enumerate(chunks) if chunk == TERM]
             measured = 0
-            for at, read in zip([chunks.index(self.target), *further], reads, strict=True):
+            for at, read in zip([target, *further], reads, strict=True):
                 tokens = self.tokens[1] if read is None else read.inputs.key.shape[1]
                 columns = of_target if read is None or read.carry is None else read.carry.to(of_target) @ of_target
                 measured = measured + maps(at, tokens) @ columns
             self.word_maps.add("target", measured)
 
-    def chunk(self, rows: Inputs, chunks: list[int], index: int, kind: str) -> Inputs:
-        """One chunk's inputs, its tokens folded back to those of its own prompt."""
-        inputs = Inputs(*(t[slice_of(t, chunks, index)] for t in rows))
+    def chunk(self, rows: Inputs, chunks: list[int], at: int, kind: str) -> Inputs:
+        """The inputs of the chunk at a place, its tokens folded back to those of its own prompt."""
+        inputs = Inputs(*(t[slice_of(t, chunks, at)] for t in rows))
         if kind == "self":
             return inputs
-        tokens = self.tokens[0 if index == self.source else 1]
+        tokens = self.tokens[0 if chunks[at] == self.source else 1]
         check_prompt_kept(inputs.key.shape[1], tokens)
         return Inputs(inputs.query, inputs.key[:, :tokens], inputs.value[:, :tokens])
 
 
-def slice_of(tensor: Tensor, chunks: list[int], index: int) -> slice:
+def slice_of(tensor: Tensor, chunks: list[int], at: int) -> slice:
+    """The rows of the chunk at a place."""
     size = len(tensor) // len(chunks)
-    at = chunks.index(index)
     return slice(at * size, (at + 1) * size)
 
 
@@ -176,8 +185,8 @@ def _with_rows(rows: Inputs, places: dict[int, slice], terms: dict[int, list[Inp
             return tensor.repeat(1, length // tensor.shape[1], 1)
 
         result = tiled(rows)  # a copy: the host shares these tensors between arguments
-        for index, (first, *_) in terms.items():
-            result[places[index]] = tiled(first)
+        for at, (first, *_) in terms.items():
+            result[places[at]] = tiled(first)
         further = [tiled(term) for _, *rest in terms.values() for term in rest]
         return torch.cat([result, *further]) if further else result
 

@@ -55,7 +55,7 @@ class Read(NamedTuple):
 class Rule(Protocol):
     """An edit at one point of the schedule.
 
-    node: the display name of the node that made it. everyone: whether the negative's rows read as the target's do.
+    node: the display name of the node that made it. everyone: whether all other prompts' rows read as the target's do.
     features: the blocks whose residual features are to be the source's.
     """
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy.samplers import KSAMPLER, CFGGuider, Sampler
 from torch import Tensor
 
+from .layer import Layer
 from .model import identity
 from .sampler import Run
 from .trajectory import Trajectory
@@ -208,9 +211,17 @@ def _check_conditionings(guider: CFGGuider) -> None:
         )
     if any(positive[0].get(name) is not None for name in RANGES):
         raise ValueError("The target prompt is limited to a part of the run: remove its timestep range.")
+    if positive[0].get("mask") is not None:
+        raise ValueError(
+            "The target prompt has a mask, outside which nothing would be sampled: remove Conditioning (Set Mask) from "
+            "it, and connect the mask to Local Blend."
+        )
     for name, entries in guider.conds.items():
-        if any("area" in entry for entry in entries):
-            raise ValueError(f"The {name} prompt is limited to an area, but edits need the whole image: remove it.")
+        if any("area" in entry or entry.get("set_area_to_bounds") for entry in entries):
+            raise ValueError(
+                f"The {name} prompt is limited to an area, but edits need the whole image: remove the area, or "
+                "set set_cond_area of Conditioning (Set Mask) to default."
+            )
 
 
 def check_start(x: Tensor, noise: Tensor, index: int) -> None:
@@ -255,6 +266,25 @@ def check_positions_kept(positions: int, kept: int) -> None:
         )
 
 
+def check_one_size(layer: Layer, known: Collection[Layer]) -> None:
+    """Raises ValueError where a layer that is to be recorded has another size than at the steps before."""
+    if layer not in known:
+        raise ValueError(
+            f"A node such as PatchModelAddDownscale changes {layer.block} block {layer.number} to "
+            f"{layer.height} x {layer.width} during the run, but an attention store holds one size of a layer: edit "
+            "this MODEL without an attention store."
+        )
+
+
+def check_stored(layer: Layer, stored: Collection[Layer]) -> None:
+    """Raises ValueError where an attention store holds a layer at another size than it has in the edit."""
+    if layer not in stored:
+        raise ValueError(
+            f"The attention store does not hold {layer.block} block {layer.number} at the {layer.height} x "
+            f"{layer.width} positions that it has here: record it from a MODEL with the same nodes, or edit without it."
+        )
+
+
 def check_in_place(sampler: Sampler, node: str) -> None:
     """Raises ValueError for samplers that call the model with a copy of their own latent: `node` cannot change it."""
     name = sampler.sampler_function.__name__ if isinstance(sampler, KSAMPLER) else ""
@@ -278,5 +308,20 @@ def check_part(x: Tensor, state: Tensor) -> None:
     if x.shape[1:] != state.shape[1:] or len(state) not in (1, len(x)):
         raise ValueError(
             f"The model is called on a part of shape {list(x.shape)} of the trajectory's {list(state.shape)}: remove "
-            "context windows and tiling from this MODEL."
+            "context windows, tiling and areas."
+        )
+
+
+def check_all_images(x: Tensor, images: int) -> None:
+    """Raises ValueError where the model is called on less than the batch, whose images have prompts in turn."""
+    if len(x) != images:
+        raise ValueError(f"The model is called on {len(x)} of {images} images: remove context windows from this MODEL.")
+
+
+def check_one_model(model: BaseModel, guider: CFGGuider, node: str) -> None:
+    """Raises ValueError where a guider runs a prompt that reads from the source on a model of its own."""
+    if model is not guider.inner_model:
+        raise ValueError(
+            f"The guider {type(guider).__name__} runs a prompt on another checkpoint than the MODEL to edit, and "
+            f"{node} knows the source in that one alone: connect the same checkpoint to both, or use CFGGuider."
         )

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy.sampler_helpers import convert_cond
@@ -26,7 +28,9 @@ from .layer import Blend, Block, Edit, Inputs, Layer, Rule
 from .maps import WordMaps, map_size
 from .patches import with_enter, with_measure
 from .refusals import (
+    check_all_images,
     check_in_place,
+    check_one_model,
     check_one_state,
     check_part,
     check_run,
@@ -113,8 +117,8 @@ def branched(model: ModelPatcher, trajectory: Trajectory) -> tuple[ModelPatcher,
 class _Run:
     """One sampling run: the guider whose processed conditionings tell source and target, and what was measured."""
 
-    def __init__(self, branch: SourceBranch, guider: CFGGuider) -> None:
-        self.branch, self.guider = branch, guider
+    def __init__(self, branch: SourceBranch, guider: CFGGuider, images: int) -> None:
+        self.branch, self.guider, self.images = branch, guider, images
         self.started = False
         self.live: set[int] = set()  # the steps at which the source's row took part
         self.maps: dict[int, tuple[Tensor, Tensor]] = {}  # by step: word maps of source and target
@@ -132,18 +136,21 @@ class _Run:
         """
         states = self.branch.trajectory.states
         state = (states[index] if given is None else given).to(x, copy=True)
+        check_all_images(x, self.images)
         check_part(x, state)
         if not self.started:
             check_start(x, (states[0] if given is None else given).to(x), index)
             self.started = True
         return state
 
-    def call(self, conds: list[list[dict] | None], x: Tensor, timestep: Tensor, given: Tensor | None) -> Call | None:
-        """The source's part in one model call, or None where no edit or no target takes part.
+    def call(
+        self, model: BaseModel, conds: list[list[dict] | None], x: Tensor, timestep: Tensor, options: dict
+    ) -> Call | None:
+        """The source's part in one model call, or None where nothing reads from it.
 
-        given: the source's state where it is not the trajectory's.
+        options: the call's transformer options; they may hold another state of the source than the trajectory's.
         """
-        trajectory, sigma = self.branch.trajectory, float(timestep[0])
+        trajectory, sigma, given = self.branch.trajectory, float(timestep[0]), options.get(STATE)
         index = trajectory.index(sigma)
         if index is None:
             raise ValueError(
@@ -154,19 +161,25 @@ class _Run:
             parts = {"An attention store": self.branch.store, "Local Blend": self.branch.blend}
             check_one_state([name for name, part in parts.items() if part is not None])
         state = self.state(x, index, given)
-        target = place(conds, self.guider.conds["positive"])
-        if target is None:
-            return None
+        positive = self.guider.conds["positive"]
+        target = place(conds, positive)
         rules = [rule for edit in self.branch.edits if (rule := edit.at(index / trajectory.steps))]
-        word_maps = self.word_maps(index, x)
-        if not rules and word_maps is None:
+        if target is None:  # a guider that calls prompt by prompt, or a node that calls the negative again
+            rules = [rule for rule in rules if rule.everyone]
+        word_maps = None if target is None else self.word_maps(index, x)
+        present = [i for i, _ in _running(conds, x, timestep)]
+        if not present or (not rules and word_maps is None):
             return None
-        kept = self.stored(index, rules, word_maps)
-        if kept is None:
-            self.live.add(index)
-        tokens = self.source["cross_attn"].shape[1], conds[target][0]["cross_attn"].shape[1]
+        for rule in rules:
+            check_one_model(model, self.guider, rule.node)
+        kept = None
+        own = self.guider.model_options["transformer_options"]
+        if options.get("patches_replace") == own.get("patches_replace"):  # or else the source runs with the others too
+            kept = self.stored(index, rules, word_maps)
+            if kept is None:
+                self.live.add(index)
+        tokens = self.source["cross_attn"].shape[1], positive[0]["cross_attn"].shape[1]
         source = len(conds) if kept is None else None
-        present = [i for i, cond in enumerate(conds) if cond]
         return Call(rules, index, state, source, target, present, tokens, word_maps, kept or {})
 
     def word_maps(self, index: int, x: Tensor) -> WordMaps | None:
@@ -220,7 +233,7 @@ def _outer_sample(
         check_in_place(sampler, "Local Blend")
     ((embedding, own),) = branch.trajectory.conditioning
     guider.conds[KEY] = convert_cond([[embedding.to(positive), own]])
-    run = options[RUN] = _Run(branch, guider)
+    run = options[RUN] = _Run(branch, guider, len(noise))
     try:
         # A copy: uni_pc writes to the schedule that it is given, which the host keeps for the next run.
         result = executor(noise, latent_image, sampler, sigmas.clone(), denoise_mask, *args, **kwargs)
@@ -250,7 +263,7 @@ def _predict_noise(executor, x: Tensor, timestep: Tensor, model_options: dict, *
 def _calc_cond_batch(executor, model, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict):
     options = model_options["transformer_options"]
     run = options.get(RUN)
-    call = run and run.call(conds, x_in, timestep, options.get(STATE))
+    call = run and run.call(model, conds, x_in, timestep, options)
     if not call:
         return executor(model, conds, x_in, timestep, model_options)
     options = with_enter({**options, CALL: call}, call.attention, call.leave)
@@ -260,10 +273,10 @@ def _calc_cond_batch(executor, model, conds: list, x_in: Tensor, timestep: Tenso
     joined = conds
     if call.source is not None:
         source = run.source
-        if len(call.state) == len(x_in) and _one_call(source, conds[call.target][0], x_in, timestep):
+        if len(call.state) == len(x_in) and _one_call(source, conds, x_in, timestep):
             joined = [*conds, [source]]
         else:
-            # One row serves a batch of targets. Or the host would run the target before the source, or compute the
+            # One row serves a batch of targets. Or the host would run another prompt before the source, or compute the
             # source's ControlNet from the target's latent.
             alone = [None] * len(conds) + [[source]]
             executor(model, alone, call.state, timestep[: len(call.state)], model_options)
@@ -278,10 +291,12 @@ def _apply_model(executor, x: Tensor, t: Tensor, c_concat, c_crossattn, control,
     if not call:
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     chunks, size = transformer_options["cond_or_uncond"], len(x)
-    # Other packs index pairs by these numbers: to them the source is one more row of the target's kind, after it.
+    # Other packs index pairs by these numbers: to them the source is one more row of the target's kind, after it, or of
+    # another's where there is no target.
     order = sorted(range(len(chunks)), key=lambda at: chunks[at] == call.source)
     chunks = [chunks[at] for at in order]
-    seen = [call.target if index == call.source else index for index in chunks]
+    beside = call.present[0] if call.target is None else call.target
+    seen = [beside if index == call.source else index for index in chunks]
     transformer_options = {**transformer_options, CHUNKS: chunks, "cond_or_uncond": seen}
     if "uuids" in transformer_options:
         transformer_options["uuids"] = [transformer_options["uuids"][at] for at in order]
@@ -291,10 +306,9 @@ def _apply_model(executor, x: Tensor, t: Tensor, c_concat, c_crossattn, control,
         return torch.cat([value.chunk(len(order))[at] for at in order]) if rows else value
 
     x, t, c_concat, c_crossattn = (ordered(value) for value in (x, t, c_concat, c_crossattn))
+    check_part(x[slice_of(x, chunks, 0)], call.state)
     if call.source in chunks:
-        where = slice_of(x, chunks, call.source)
-        check_part(x[where], call.state)
-        x[where] = call.state
+        x[slice_of(x, chunks, chunks.index(call.source))] = call.state
     kwargs = {name: ordered(value) for name, value in kwargs.items()}
     result = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     return ordered(result, [order.index(at) for at in range(len(order))])
@@ -311,7 +325,15 @@ def _diffusion_model(executor, x: Tensor, timesteps: Tensor, context, y, control
         return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
 
 
-def _one_call(source: dict, target: dict, x: Tensor, timestep: Tensor) -> bool:
-    """Whether the host can run source and target in one call, or else split them with the source first."""
-    mine, other = get_area_and_mult(source, x, timestep), get_area_and_mult(target, x, timestep)
-    return source.get("control") is None and mine.hooks == other.hooks and can_concat_cond(mine, other)
+def _running(conds: list[list[dict] | None], x: Tensor, timestep: Tensor) -> list[tuple[int, Any]]:
+    """Every entry of a call's conditionings that runs at this time, as the host prepares it, with its cond index."""
+    prepared = [(i, get_area_and_mult(entry, x, timestep)) for i, cond in enumerate(conds) for entry in cond or ()]
+    return [(i, entry) for i, entry in prepared if entry is not None]
+
+
+def _one_call(source: dict, conds: list[list[dict] | None], x: Tensor, timestep: Tensor) -> bool:
+    """Whether the host can run the source with all of a call, or else split it off as the first."""
+    mine, others = get_area_and_mult(source, x, timestep), [entry for _, entry in _running(conds, x, timestep)]
+    return source.get("control") is None and all(
+        mine.hooks == other.hooks and can_concat_cond(mine, other) for other in others
+    )

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import comfy.model_management
 import pytest
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_execution.caching import CacheKeySetID, RAMPressureCache
+from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,7 +28,7 @@ from palimpsest.host.store import AttentionStore
 from palimpsest.host.trajectory import Trajectory
 from palimpsest.inversion.run import Guidance, invert
 from test_source import Probe, split
-from tiny import Tiny, conditioning, rows_of, tiny_model
+from tiny import Tiny, conditioning, execute, rows_of, tiny_model
 
 CROSS, SELF, ALWAYS, NEVER = Window(0, 0.8), Window(0, 0.4), Window(0, 1), Window(0, 0)
 WHOLE = 1 << 40
@@ -351,6 +353,28 @@ def test_wrong_stores_are_refused(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match="read from different attention stores: connect the same one"):
         attach(edited(tiny, store), tiny.trajectory, Probe("self"), recorded(tiny))
     attach(edited(tiny, store), tiny.trajectory, Probe("self"), store)
+
+
+def test_layers_that_change_their_size_are_refused(tiny: Tiny) -> None:
+    """Deep Shrink: live it works, and a store too where it is on for the whole run."""
+
+    def shrunk(model: ModelPatcher, end: float) -> ModelPatcher:
+        return execute(PatchModelAddDownscale, model=model, block_number=1, end_percent=end)[0]
+
+    part, whole = shrunk(tiny.model, 0.35), shrunk(tiny.model, 1.0)
+    with pytest.raises(ValueError, match="changes input block 3 to 4 x 4 during the run.* without an attention store"):
+        record_attention(part, tiny.trajectory, recording())
+    store = recorded(tiny)
+    for model in (shrunk(edited(tiny, store), 0.35), shrunk(edited(tiny, store), 1.0)):
+        with pytest.raises(
+            ValueError, match="store does not hold input block 3 at the 2 x 2 positions that it has her"
+        ):
+            tiny.sample(model)
+    assert distance(tiny.sample(shrunk(edited(tiny), 0.35)), tiny.sample(part)) > 1e-3
+    store = record_attention(whole, tiny.trajectory, recording())
+    with pytest.raises(ValueError, match="store does not hold input block 3 at the 4 x 4 positions that it has here"):
+        tiny.sample(edited(tiny, store))
+    assert distance(tiny.sample(shrunk(edited(tiny, store), 1.0)), tiny.sample(shrunk(edited(tiny), 1.0))) < 1e-5
 
 
 def test_two_edits_share_a_store(tiny: Tiny) -> None:
