@@ -11,6 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import KSAMPLER, CFGGuider, Sampler
 from torch import Tensor
 
+from .layer import Layer
 from .model import identity
 from .sampler import Run
 from .trajectory import Trajectory
@@ -247,11 +248,20 @@ def check_same_length(source: int, target: int) -> None:
 
 
 def check_positions_kept(positions: int, kept: int) -> None:
-    """Raises ValueError where a layer whose word maps are wanted has other positions than its image."""
+    """Raises ValueError where a layer in which words or masks have a place has other positions than its image."""
     if positions != kept:
         raise ValueError(
-            f"Another patch changed a layer of {kept} positions to {positions}, where words are to be located: "
-            "remove token merging from this MODEL."
+            f"Another patch changed a layer of {kept} positions to {positions}, where words are to be located or masks "
+            "apply: remove token merging or HyperTile from this MODEL."
+        )
+
+
+def check_divided(result: Tensor, query: Tensor, layer: Layer) -> None:
+    """Raises ValueError where another pack's self-attention cannot do with a part of the keys."""
+    if result.shape != query.shape:
+        raise ValueError(
+            f"Another node replaces the self-attention of {layer.block} block {layer.number} by one that cannot look "
+            "at a part of the image, as MasaCtrl's masks ask: set first_layer beyond that block, or remove the masks."
         )
 
 
