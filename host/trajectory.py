@@ -23,7 +23,7 @@ def sigma_index(sigmas: Tensor, sigma: float) -> int | None:
 
 
 class ModelIdentity(NamedTuple):
-    """What tells one diffusion model from another: its class, its prediction type and a few of its weights."""
+    """What tells one diffusion model from another: its class, its sampling and a few of its weights."""
 
     name: str
     prediction: str
