@@ -48,6 +48,8 @@ class Call:
         if rule is None:
             return rows
         chunks = extra_options[CHUNKS]
+        if self.source not in chunks and not self.readers(rule, chunks):
+            return rows
         supplied = self.chunk(rows, chunks, self.source, kind) if self.source in chunks else self.kept[layer]
         if self.source in chunks and self.awaited(rule, chunks):
             self.kept[layer] = supplied
