@@ -537,7 +537,7 @@ def test_inversions_are_pivots(kind: ModelType, steps: int, refinement: Refineme
         check_pivot(tiny.model, pivot)
 
 
-@pytest.mark.parametrize(("calls", "step"), [(3, 1), (EACH + 4, 2)])
+@pytest.mark.parametrize(("calls", "step"), [(BEFORE + 2, 1), (BEFORE + EACH + 3, 2)])
 def test_an_update_that_ends_in_nan_is_refused_at_once(tiny: Tiny, calls: int, step: int) -> None:
     """After the first update, and in the last look at a step, where no loss is taken any more."""
     counted, rows = rows_of(tiny.model)
