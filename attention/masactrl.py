@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..host.layer import Block, Inputs, Layer, Read
+from ..host.layer import Block, Inputs, Layer, Part, Read
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,17 @@ class MasaCtrl:
             if self.union:
                 key, value = torch.cat([key, target.key], 1), torch.cat([value, target.value], 1)
             return (Read(Inputs(target.query, key, value)),)
-        of_source, of_target = (_resized(mask, layer).to(target.query) for mask in self.masks)
-        here = of_source > 0.5
-        terms = []
-        for part, weight in ((here, of_target), (~here, 1 - of_target)):
-            if part.any():
-                terms.append(Read(Inputs(target.query, key[:, part], value[:, part]), weight=weight[:, None]))
-        if len(terms) == 1:  # the source has no foreground, or nothing else
-            return (terms[0]._replace(weight=None),)
-        return tuple(terms)
+        read = Read(Inputs(target.query, key, value))
+        foreground, wanted = (_resized(mask, layer) for mask in self.masks)
+        foreground = foreground > 0.5
+        if foreground.all() or not foreground.any():  # the source has nothing to keep apart here
+            return (read,)
+        parts = tuple(
+            Part(keys.nonzero().flatten().to(key.device), weight[:, None].to(key))
+            for keys, weight in ((foreground, wanted), (~foreground, 1 - wanted))
+            if weight.any()
+        )
+        return (read._replace(parts=parts),)
 
 
 def _resized(mask: Tensor, layer: Layer) -> Tensor:

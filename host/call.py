@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .layer import Block, Inputs, Layer, Read, Rule
 from .maps import WordMaps, token_maps
-from .patches import layer_of
-from .refusals import check_positions_kept, check_prompt_kept, check_stored
+from .patches import Attend, host_attention, layer_of
+from .refusals import check_divided, check_positions_kept, check_prompt_kept, check_stored
 
 KEY = "palimpsest"
 CHUNKS, READS = f"{KEY}.chunks", f"{KEY}.reads"
@@ -50,6 +50,8 @@ class Call:
         if rule is None:
             return rows
         chunks = extra_options[CHUNKS]
+        if self.source not in chunks and not self.readers(rule, chunks):
+            return rows
         if self.source in chunks:
             supplied = self.chunk(rows, chunks, chunks.index(self.source), kind)
             if self.awaited(rule, chunks):
@@ -69,6 +71,32 @@ class Call:
         extra_options["cond_or_uncond"] = [*seen, *[seen[at] for at in further]]
         places = {at: slice_of(rows.query, chunks, at) for at in reads}
         return _with_rows(rows, places, {at: [_scaled(t, len(terms)) for t in terms] for at, terms in reads.items()})
+
+    def attend(self, inner: Attend, query: Tensor, key: Tensor, value: Tensor, extra_options: dict) -> Tensor:
+        """The attention of all rows of a self-attention layer; who reads in parts has a call of its own for each."""
+        reads = extra_options.get(READS, {})
+        parts = next((first.parts for first, *_ in reads.values()), ())
+        if not parts:
+            return inner(query, key, value, extra_options)
+        layer = layer_of("self", extra_options)
+        check_positions_kept(query.shape[1], layer.positions)
+        chunks, seen = extra_options[CHUNKS], extra_options["cond_or_uncond"]
+        rows = [*zip(*(tensor.chunk(len(chunks)) for tensor in (query, key, value)), strict=True)]
+
+        def attention(places: list[int], keys: Tensor | slice = slice(None)) -> Tensor:
+            query, key, value = (torch.cat(tensors) for tensors in zip(*(rows[at] for at in places), strict=True))
+            options = {**extra_options, "cond_or_uncond": [seen[at] for at in places]}
+            result = inner(query, key[:, keys], value[:, keys], options)
+            check_divided(result, query, layer)
+            return result
+
+        readers = [*reads]
+        joined = sum(weight * attention(readers, keys) for keys, weight in parts)
+        # Another pack's attention is shown the whole layer too, and last: some remember what they saw.
+        others = [at for at in range(len(chunks)) if at not in readers or inner is not host_attention]
+        results = dict(zip(others, attention(others).chunk(len(others)), strict=True)) if others else {}
+        results |= zip(readers, joined.chunk(len(readers)), strict=True)
+        return torch.cat([results[at] for at in range(len(chunks))])
 
     def rule(self, layer: Layer) -> Rule | None:
         """The one edit that replaces this layer, if any."""
@@ -102,12 +130,9 @@ class Call:
         chunks = extra_options[CHUNKS][:-further]
         others = iter(rows.chunk(len(chunks) + further)[-further:])
         rows = rows[: -further * (len(rows) // (len(chunks) + further))].clone()
-        for at, (first, *rest) in reads.items():
+        for at, (_, *rest) in reads.items():
             where = slice_of(rows, chunks, at)
-            joined = rows[where] * _share(first, len(rest) + 1)
-            for term in rest:
-                joined = joined + next(others) * _share(term, len(rest) + 1)
-            rows[where] = joined
+            rows[where] = sum((next(others) for _ in rest), rows[where]) / (len(rest) + 1)
         extra_options[CHUNKS] = chunks
         extra_options["cond_or_uncond"] = extra_options["cond_or_uncond"][:-further]
         return rows
@@ -194,10 +219,6 @@ def _with_rows(rows: Inputs, places: dict[int, slice], terms: dict[int, list[Inp
 
 
 def _scaled(term: Read, terms: int) -> Inputs:
-    """The inputs of one of several terms, the value scaled where they add up: `leave` takes their mean."""
+    """The inputs of one of several terms, the value scaled: `leave` takes their mean."""
     query, key, value = term.inputs
-    return Inputs(query, key, value * terms if terms > 1 and term.weight is None else value)
-
-
-def _share(term: Read, terms: int) -> Tensor | float:
-    return 1 / terms if term.weight is None else term.weight
+    return Inputs(query, key, value * terms if terms > 1 else value)

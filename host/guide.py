@@ -16,6 +16,7 @@ from comfy.samplers import CFGGuider, Sampler, calc_cond_batch
 from torch import Tensor
 
 from . import source
+from .alone import Conds, alone, mixes_prompts
 from .call import place
 from .gradients import constant_control, differentiable, gradients
 from .layer import Layer
@@ -30,6 +31,7 @@ from .refusals import (
     check_prompt_kept,
     check_same_length,
     check_two_latents,
+    check_unmixed,
 )
 from .trajectory import Trajectory
 
@@ -115,10 +117,16 @@ def _calc_cond_batch(executor, model, conds: list, x: Tensor, timestep: Tensor, 
     at = None if ahead is None else place(conds, options[source.RUN].guider.conds["positive"])
     if at is None:
         return executor(model, conds, x, timestep, model_options)
-    target = [cond if i == at else None for i, cond in enumerate(conds)]
+    if float(timestep[0]) == float(options["sample_sigmas"][0]):
+
+        def ask(conds: Conds) -> list[Tensor]:
+            return executor(model, conds, x, timestep, model_options)
+
+        mixed = mixes_prompts(ask, conds, at, x, ask(conds)[at])
+        check_unmixed(mixed, "Cross Attention Guidance with two latents runs the target's alone: set latents to one")
     others = [cond if i != at else None for i, cond in enumerate(conds)]
     results = executor(model, others, x, timestep, model_options)
-    results[at] = executor(model, target, x + ahead, timestep, model_options)[at] - ahead
+    results[at] = executor(model, alone(conds, at), x + ahead, timestep, model_options)[at] - ahead
     return results
 
 

@@ -39,17 +39,24 @@ class Inputs(NamedTuple):
     value: Tensor  # [b, tokens, channels]
 
 
+class Part(NamedTuple):
+    """The attention to some keys of a self-attention layer alone, and how much of it each position takes."""
+
+    keys: Tensor  # [m] the positions of the keys
+    weight: Tensor  # [positions, 1]; those of all parts together are 1
+
+
 class Read(NamedTuple):
-    """One term of what the target's attention returns: the attention of `inputs`.
+    """One term of what the target's attention returns, which is their sum: the attention of `inputs`.
 
     carry: [1 or b, tokens of inputs, tokens of target], where the value is carry @ the target's own value and the
     target's map thus A @ carry; None where that map is A itself.
-    weight: [positions, 1], by which the term counts at each position, all terms' together 1; None where they add up.
+    parts: in self-attention, what takes the place of one attention to all keys; none where that stays.
     """
 
     inputs: Inputs
     carry: Tensor | None = None
-    weight: Tensor | None = None
+    parts: tuple[Part, ...] = ()
 
 
 class Rule(Protocol):

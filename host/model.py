@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import comfy.model_sampling as sampling
+import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
@@ -20,14 +21,24 @@ def prediction_type(model: ModelPatcher) -> str:
         kind = type(model.model).__name__
         raise ValueError(
             f"This MODEL ({kind}) predicts neither noise (eps) nor v, so no inversion here fits it: "
-            "load an SD1.x, SD2.x or SDXL checkpoint."
+            "load an SD1.x, SD2.x or SDXL checkpoint, and remove nodes that change its sampling."
         )
     return "v" if isinstance(model_sampling, sampling.V_PREDICTION) else "eps"
 
 
+def sampling_of(model: ModelPatcher) -> str:
+    """What a sampler sees of the model: its prediction, and the timesteps of its noise levels."""
+    prediction, model_sampling = prediction_type(model), model.get_model_object("model_sampling")
+    middle = float(model_sampling.timestep(torch.ones(1)))
+    return (
+        f"{prediction}, sigma {model_sampling.sigma_min:.4g} to {model_sampling.sigma_max:.4g}, "
+        f"timestep {middle:.4g} at sigma 1"
+    )
+
+
 def identity(model: ModelPatcher) -> ModelIdentity:
     """What a trajectory remembers of the model that made it."""
-    return ModelIdentity(type(model.model).__name__, prediction_type(model), *sampled_weights(model))
+    return ModelIdentity(type(model.model).__name__, sampling_of(model), *sampled_weights(model))
 
 
 def add_outermost(model: ModelPatcher, kind: str, key: str, wrapper: Callable) -> None:

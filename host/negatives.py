@@ -8,12 +8,14 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy.sampler_helpers import convert_cond
+from comfy.samplers import Sampler
 from torch import Tensor
 
 from .call import place
 from .model import add_outermost
 from .refusals import NEGATIVES as KEY
-from .refusals import check_plain, check_same_model, check_source, is_mixed
+from .refusals import check_plain, check_same_model, check_source, check_whole_schedule, is_mixed
+from .sampler import OwnSampler
 from .schedule import step_of
 from .trajectory import Trajectory
 
@@ -38,7 +40,7 @@ def attach_mixture(
         check_same_model(model, trajectory)
         check_source(trajectory.conditioning)
 
-    def outer_sample(executor, *args, **kwargs):
+    def outer_sample(executor, noise: Tensor, latent_image: Tensor, sampler: Sampler, sigmas: Tensor, *args, **kwargs):
         guider = executor.class_obj
         if "negative" not in guider.conds:
             raise ValueError(
@@ -46,11 +48,13 @@ def attach_mixture(
                 "none: use CFGGuider or a KSampler."
             )
         check_plain(empty, "The empty prompt of Negative Prompt Guidance", guider.conds["negative"][0]["cross_attn"])
+        if trajectory is None and share.at(0, 3) != share.at(1, 3) and not isinstance(sampler, OwnSampler):
+            check_whole_schedule(sigmas, bool(noise.any()), guider.model_patcher)
         if trajectory is not None:
             guider.conds["negative"] = convert_cond(trajectory.conditioning)
         guider.conds[KEY] = convert_cond(empty)
         guider.model_options["transformer_options"][KEY] = guider  # the host's copy for this run alone
-        return executor(*args, **kwargs)
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
     def calc_cond_batch(executor, base, conds: list, x: Tensor, timestep: Tensor, model_options: dict):
         options = model_options["transformer_options"]

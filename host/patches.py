@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from comfy.ldm.modules.attention import SpatialTransformer, optimized_attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -19,6 +20,10 @@ Leave = Callable[[Tensor, dict], Tensor]
 
 Measure = Callable[[Tensor, Tensor, dict], None]
 """Takes the projected queries and keys [rows, positions or tokens, heads * d] of a cross-attention, and its options."""
+
+Attend = Callable[[Tensor, Tensor, Tensor, dict], Tensor]
+"""Takes the projected queries, keys and values [rows, positions or tokens, heads * d] of a layer, and its options;
+returns its attention [rows, positions, heads * d]."""
 
 
 def layer_of(kind: str, extra_options: dict) -> Layer:
@@ -45,18 +50,27 @@ def with_enter(options: dict, enter: Enter, leave: Leave | None = None) -> dict:
 def with_measure(options: dict, measure: Measure, unet: UNetModel) -> dict:
     """Transformer options whose cross-attention layers show their queries and keys, and attend as they did before."""
 
-    def measuring(inner: Callable | None) -> Callable:
-        def attend(query: Tensor, key: Tensor, value: Tensor, extra: dict) -> Tensor:
-            measure(query, key, extra)
-            if inner is not None:
-                return inner(query, key, value, extra)
-            precision = extra["attn_precision"]
-            heads = extra["n_heads"]
-            return optimized_attention(query, key, value, heads, attn_precision=precision, transformer_options=extra)
+    def measuring(inner: Attend, query: Tensor, key: Tensor, value: Tensor, extra: dict) -> Tensor:
+        measure(query, key, extra)
+        return inner(query, key, value, extra)
 
-        return attend
+    return with_attend(options, "cross", measuring, unet)
 
+
+def with_attend(options: dict, kind: str, attend: Callable, unet: UNetModel) -> dict:
+    """Transformer options whose "self" or "cross" attention layers attend by `attend`.
+
+    It gets the `Attend` that was there before, another pack's or the host's own, and what that takes.
+    """
+    name = {"self": "attn1", "cross": "attn2"}[kind]
     replaced = options.get("patches_replace", {})
-    inner = replaced.get("attn2", {})
-    around = {key: measuring(inner.get(key)) for key in {*blocks_with(unet, SpatialTransformer), *inner}}
-    return {**options, "patches_replace": {**replaced, "attn2": around}}
+    inner = replaced.get(name, {})
+    places = {*blocks_with(unet, SpatialTransformer), *inner}
+    around = {place: partial(attend, inner.get(place, host_attention)) for place in places}
+    return {**options, "patches_replace": {**replaced, name: around}}
+
+
+def host_attention(query: Tensor, key: Tensor, value: Tensor, extra: dict) -> Tensor:
+    """An `Attend`: what the host does where no pack has replaced it."""
+    heads, precision = extra["n_heads"], extra["attn_precision"]
+    return optimized_attention(query, key, value, heads, attn_precision=precision, transformer_options=extra)

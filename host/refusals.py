@@ -13,6 +13,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import KSAMPLER, CFGGuider, Sampler
 from torch import Tensor
 
+from .alone import ALIKE, apart
 from .layer import Layer
 from .model import identity
 from .sampler import Run
@@ -33,12 +34,19 @@ def check_unet(model: ModelPatcher) -> None:
 
 
 def check_same_model(model: ModelPatcher, trajectory: Trajectory) -> None:
-    """Raises ValueError where the trajectory is another model's."""
-    if not identity(model).matches(trajectory.model):
+    """Raises ValueError where the trajectory is another model's, or was made by another sampling of this one."""
+    own, known = identity(model), trajectory.model
+    if own.matches(known):
+        return
+    if own._replace(prediction=known.prediction).matches(known):
         raise ValueError(
-            f"The trajectory was made with another model ({trajectory.model.name}, {trajectory.model.prediction}) than "
-            "the MODEL to edit: connect the same checkpoint or merge to both, or invert the image again."
+            f"This MODEL's sampling ({own.prediction}) is not that of the trajectory ({known.prediction}): remove the "
+            "ModelSampling node between inversion and sampler, or give DDIM Inversion the MODEL from behind it."
         )
+    raise ValueError(
+        f"The trajectory was made with another model ({known.name}, {known.prediction}) than the MODEL to edit: "
+        "connect the same checkpoint or merge to both, or invert the image again."
+    )
 
 
 def check_latent(model: ModelPatcher, samples: Tensor) -> None:
@@ -142,6 +150,7 @@ def check_run(
 ) -> None:
     """Raises ValueError for a sampling run that cannot follow `trajectory`."""
     check_deterministic(sampler)
+    check_same_model(guider.model_patcher, trajectory)
     _check_conditionings(guider)
     check_one_gpu(guider.model_patcher)
     if denoise_mask is not None:
@@ -176,6 +185,41 @@ def check_two_latents(guider: CFGGuider) -> None:
         raise ValueError(
             "Cross Attention Guidance with two latents takes one plain negative prompt, without Negative Prompt "
             "Guidance, null text, GLIGEN, timestep ranges or a second prompt: connect one, or set latents to one."
+        )
+
+
+def check_unmixed(mixed: bool, needs: str) -> None:
+    """Raises ValueError where another node mixes the prompts of a call. needs: who runs one by itself, and advice."""
+    if mixed:
+        raise ValueError(
+            "Another node on this MODEL mixes what the prompts of a call attend to, as Normalized Attention Guidance "
+            f"does, but {needs}."
+        )
+
+
+def check_same_answer(node: str, x: Tensor, first: Tensor, second: Tensor) -> None:
+    """Raises ValueError where the model's two denoised estimates of x differ: what `node` does cannot be repeated."""
+    difference = apart(x, first, second)
+    if difference > ALIKE:
+        raise ValueError(
+            f"{node} needs a MODEL that repeats its answers, but two to one question are {difference:.1%} apart, as "
+            "Token Merging, which draws at random, makes them: remove such a node from it."
+        )
+
+
+def check_whole_schedule(sigmas: Tensor, has_noise: bool, model: ModelPatcher) -> None:
+    """Raises ValueError for a part of a schedule, along which Negative Prompt Guidance would run its own whole."""
+    model_sampling = model.get_model_object("model_sampling")
+    timesteps = model_sampling.timestep(sigmas[:2]).tolist()
+    top = float(model_sampling.timestep(model_sampling.sigma_max[None]))
+    # Schedules may begin one step below the top.
+    begins = has_noise or len(sigmas) < 3 or 2 * timesteps[0] - timesteps[1] > 0.97 * top
+    ends = sigmas[-1] <= model_sampling.sigma_min * 1.01
+    if not (begins and ends):
+        where = f"stops at sigma {float(sigmas[-1]):.4g}" if begins else f"begins at sigma {float(sigmas[0]):.4g}"
+        raise ValueError(
+            f"Negative Prompt Guidance counts its schedule along the sampler's steps, but this run {where}, in the "
+            "middle of a longer one: connect the trajectory to it, or set its schedule to constant."
         )
 
 
@@ -258,11 +302,20 @@ def check_same_length(source: int, target: int) -> None:
 
 
 def check_positions_kept(positions: int, kept: int) -> None:
-    """Raises ValueError where a layer whose word maps are wanted has other positions than its image."""
+    """Raises ValueError where a layer in which words or masks have a place has other positions than its image."""
     if positions != kept:
         raise ValueError(
-            f"Another patch changed a layer of {kept} positions to {positions}, where words are to be located: "
-            "remove token merging from this MODEL."
+            f"Another patch changed a layer of {kept} positions to {positions}, where words are to be located or masks "
+            "apply: remove token merging or HyperTile from this MODEL."
+        )
+
+
+def check_divided(result: Tensor, query: Tensor, layer: Layer) -> None:
+    """Raises ValueError where another pack's self-attention cannot do with a part of the keys."""
+    if result.shape != query.shape:
+        raise ValueError(
+            f"Another node replaces the self-attention of {layer.block} block {layer.number} by one that cannot look "
+            "at a part of the image, as MasaCtrl's masks ask: set first_layer beyond that block, or remove the masks."
         )
 
 

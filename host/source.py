@@ -26,7 +26,7 @@ from torch import Tensor
 from .call import CHUNKS, KEY, Call, place, slice_of
 from .layer import Blend, Block, Edit, Inputs, Layer, Rule
 from .maps import WordMaps, map_size
-from .patches import with_enter, with_measure
+from .patches import with_attend, with_enter, with_measure
 from .refusals import (
     check_all_images,
     check_in_place,
@@ -316,13 +316,16 @@ def _apply_model(executor, x: Tensor, t: Tensor, c_concat, c_crossattn, control,
 
 def _diffusion_model(executor, x: Tensor, timesteps: Tensor, context, y, control, transformer_options: dict, **kwargs):
     call = transformer_options.get(CALL)
-    blocks = {block for rule in call.rules for block in rule.features} if call else ()
+    if not call:
+        return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+    blocks = {block for rule in call.rules for block in rule.features}
 
     def inject(block: Block, features: Tensor) -> Tensor:
         return call.feature(block, features, transformer_options[CHUNKS])
 
+    options = with_attend(transformer_options, "self", call.attend, executor.class_obj)
     with residual_hooks(executor.class_obj, blocks, inject):
-        return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+        return executor(x, timesteps, context, y, control, options, **kwargs)
 
 
 def _running(conds: list[list[dict] | None], x: Tensor, timestep: Tensor) -> list[tuple[int, Any]]:

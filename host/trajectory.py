@@ -23,7 +23,7 @@ def sigma_index(sigmas: Tensor, sigma: float) -> int | None:
 
 
 class ModelIdentity(NamedTuple):
-    """What tells one diffusion model from another: its class, its prediction type and some of its weights.
+    """What tells one diffusion model from another: its class, its sampling and some of its weights.
 
     weights: [parameters, samples]. spacing: of each the precision that it is known with, as an absolute number.
     """

@@ -36,7 +36,7 @@ from ..host.sampler import OwnSampler, Run
 from ..host.timed import timed
 from ..host.trajectory import Trajectory
 from ..host.unfinished import Unfinished
-from .run import Guidance, check_unedited, record, sample
+from .run import Guidance, asked_twice, check_unedited, record, sample
 
 NODE = "Null Text Inversion"
 MOST_STEPS = 100  # where the paper's learning rate ends
@@ -156,7 +156,7 @@ class NullTextSampler(OwnSampler):
         """Known by the inputs, and by what the model, with all that patches it and its prompts, first answers."""
         x = self.states[0].to(run.latent, copy=True)
         with torch.no_grad():
-            answer = run.denoise(x, float(self.pivot.sigmas[0]))
+            answer = asked_twice(run.denoise, NODE)(x, float(self.pivot.sigmas[0]))
         return Unfinished("null-text", self.settings, self.pivot.states, self.pivot.sigmas, self.start, answer)
 
 

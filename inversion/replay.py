@@ -15,7 +15,7 @@ from ..host.trajectory import Trajectory
 from . import edict
 from .edict import Pair
 from .edit_friendly import independent_states, posterior
-from .run import Guidance, as_trajectory, check_inversion, sample
+from .run import Guidance, as_trajectory, asked_twice, check_inversion, sample
 
 EDIT_FRIENDLY, EDICT = "Edit Friendly Inversion", "EDICT Inversion"
 
@@ -28,9 +28,10 @@ class EditFriendlySampler(OwnSampler):
 
     def walk(self, run: Run) -> Tensor:
         check_replay(EDIT_FRIENDLY, self.trajectory, run)
+        denoise = asked_twice(run.denoise, f"The sampler of {EDIT_FRIENDLY}")
         x = self.trajectory.states[0].to(run.latent).expand_as(run.latent).clone()
         for i, sigma, sigma_next in run.steps():
-            mean, spread, denoised = posterior(x, sigma, sigma_next, run.denoise, self.eta)
+            mean, spread, denoised = posterior(x, sigma, sigma_next, denoise, self.eta)
             x = mean + spread * self.maps[i].to(x)
             run.report(i, denoised, x)
         return x
@@ -45,10 +46,11 @@ class EditFriendlyWalk(OwnSampler):
         self.maps: list[Tensor] = []
 
     def walk(self, run: Run) -> Tensor:
+        denoise = asked_twice(run.denoise, EDIT_FRIENDLY)
         x, *wanted = independent_states(run.latent, run.sigmas, self.seed)
         self.states.append(x.to("cpu", torch.float32))
         for i, sigma, sigma_next in run.steps():
-            mean, spread, denoised = posterior(x, sigma, sigma_next, run.denoise, self.eta)
+            mean, spread, denoised = posterior(x, sigma, sigma_next, denoise, self.eta)
             self.maps.append(((wanted[i] - mean) / spread).to("cpu", torch.float32))
             x = mean + spread * self.maps[-1].to(x)  # as rounded in the replay, so that its errors do not add up
             self.states.append(x.to("cpu", torch.float32))
@@ -82,10 +84,10 @@ class EDICTSampler(OwnSampler):
 
     def walk(self, run: Run) -> Tensor:
         check_replay(EDICT, self.trajectory, run)
-        source = iter(self.seen)
+        source, denoise = iter(self.seen), asked_twice(run.denoise, f"The sampler of {EDICT}")
 
         def predict(x: Tensor, sigma: float) -> Tensor:
-            return run.denoise(x, sigma, model_options=with_state(run.model_options, next(source)))
+            return denoise(x, sigma, model_options=with_state(run.model_options, next(source)))
 
         coupled = _Coupled(predict, run.latent)
         pair = Pair(*(part.expand(run.latent.shape) for part in self.start))
@@ -105,9 +107,11 @@ class EDICTWalk(OwnSampler):
         self.seen: list[Tensor] = []
 
     def walk(self, run: Run) -> Tensor:
+        denoise = asked_twice(run.denoise, EDICT)
+
         def predict(x: Tensor, sigma: float) -> Tensor:
             self.seen.append(x.cpu())
-            return run.denoise(x, sigma)
+            return denoise(x, sigma)
 
         coupled = _Coupled(predict, run.latent)
         image = run.latent.cpu().double()

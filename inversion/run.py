@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import comfy.model_management
@@ -13,9 +14,16 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider, Sampler
 from torch import Tensor
 
+from ..host.alone import Conds, mixes_prompts
 from ..host.conditioning import copied
-from ..host.model import identity, prediction_type
-from ..host.refusals import check_deterministic, check_latent, check_unguided
+from ..host.model import add_outermost, identity, prediction_type
+from ..host.refusals import (
+    check_deterministic,
+    check_latent,
+    check_same_answer,
+    check_unguided,
+    check_unmixed,
+)
 from ..host.sampler import OwnSampler, Run
 from ..host.source import KEY, STATE
 from ..host.trajectory import Trajectory, sigma_index
@@ -151,7 +159,7 @@ def sample(
 ) -> Tensor:
     """The host's sampling with progress and preview. Raises ValueError where it ends in NaN or infinite values."""
     callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
-    guider = guidance.guider(model)
+    guider = guidance.guider(_unmixed(model))
     quiet = not comfy.utils.PROGRESS_BAR_ENABLED
     result = guider.sample(noise, samples, sampler, sigmas.clone(), None, callback, quiet, seed)  # some write to them
     if not torch.isfinite(result).all():
@@ -159,6 +167,50 @@ def sample(
             "Sampling ended in NaN or infinite values: load the MODEL in fp32 or bf16 (weight_dtype), or lower cfg."
         )
     return result.to(comfy.model_management.intermediate_device())
+
+
+def _unmixed(model: ModelPatcher) -> ModelPatcher:
+    """A clone for one run. Its first call of several prompts raises ValueError where another node mixes them.
+
+    An edit runs the source's prompt beside the target's negative, not beside that of the trajectory.
+    """
+    asked = False
+
+    def calc_cond_batch(executor, base, conds: list, x: Tensor, timestep: Tensor, model_options: dict):
+        nonlocal asked
+
+        def ask(conds: Conds) -> list[Tensor]:
+            return executor(base, conds, x, timestep, model_options)
+
+        results = ask(conds)
+        if not asked and sum(cond is not None for cond in conds) > 1:
+            asked = True
+            mixed = mixes_prompts(ask, conds, 0, x, results[0])
+            check_unmixed(mixed, "an edit runs the source's alone: invert or record with the MODEL from before it")
+        return results
+
+    model = model.clone()
+    add_outermost(model, WrappersMP.CALC_COND_BATCH, f"{KEY}.unmixed", calc_cond_batch)
+    return model
+
+
+def asked_twice(denoise: Callable[..., Tensor], node: str) -> Callable[..., Tensor]:
+    """`denoise` for one run of `node`, at whose first call it raises ValueError where the model does not repeat itself.
+
+    The price is one more evaluation of the model a run.
+    """
+    asked = False
+
+    def denoise_alike(x: Tensor, *args, **kwargs) -> Tensor:
+        nonlocal asked
+        before = None if asked else denoise(x.clone(), *args, **kwargs)  # x itself may be moved by a guidance
+        result = denoise(x, *args, **kwargs)
+        if not asked:
+            check_same_answer(node, x, before, result)
+            asked = True
+        return result
+
+    return denoise_alike
 
 
 def as_trajectory(model: ModelPatcher, guidance: Guidance, states: list[Tensor], sigmas: Tensor) -> Trajectory:

@@ -196,7 +196,9 @@ def test_rows_a_step(tiny: Tiny) -> None:
     assert rows == [1, 1, 1] * 5
     rows.clear()
     tiny.sample(guided(tiny, end=0.4, model=model, two=True))
-    assert rows == [1, 1] * 3 * 2 + [2] * 3  # the negative alone as well, and the sampler's call in two
+    checks = [2, 2]  # in the first step: whether another node mixes the prompts
+    # The negative alone as well, and the sampler's call in two.
+    assert rows == [1, 1] * 2 + checks + [1, 1] + [1, 1] * 3 + [2] * 3
 
 
 def test_checkpointing_runs_blocks_twice_and_changes_nothing(tiny: Tiny) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_hypertile import HyperTile
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+from comfy_extras.nodes_sag import SelfAttentionGuidance
+from comfy_extras.nodes_tomesd import TomePatchModel
 from torch import Tensor
 
 from palimpsest.attention.masactrl import MasaCtrl
@@ -75,6 +80,8 @@ def classic_masactrl(tiny: Tiny, first: int, start: int, union: bool = False, ma
                 return explicit(q, of_source) @ values
             side = int(q.shape[2] ** 0.5)
             here, there = (m.double().reshape(side, 8 // side, side, 8 // side).mean((1, 3)).flatten() for m in masks)
+            if len((here > 0.5).unique()) == 1:  # nothing to keep apart
+                return explicit(q, of_source) @ values
             logits = q @ of_source.transpose(-1, -2) * q.shape[-1] ** -0.5
             fore, back = (
                 logits.masked_fill(~part, -torch.inf).softmax(-1) @ values for part in (here > 0.5, here <= 0.5)
@@ -101,9 +108,26 @@ def test_pnp_equals_its_equations(
     assert close(tiny, tiny.sample(attach(tiny.model, tiny.trajectory, edit)), classic_pnp(tiny, edit))
 
 
-MASKS = (torch.zeros(8, 8), torch.zeros(8, 8))
-MASKS[0][:4, :6] = 1
-MASKS[1][2:, 1:5] = 1
+def rectangle(rows: slice, columns: slice, value: float = 1.0) -> Tensor:
+    mask = torch.zeros(8, 8)
+    mask[rows, columns] = value
+    return mask
+
+
+ALL = slice(None)
+MASKS = rectangle(slice(4), slice(6)), rectangle(slice(2, 8), slice(1, 5))
+DISK = ((torch.arange(8)[:, None] - 3.5) ** 2 + (torch.arange(8) - 3.5) ** 2 < 8).float()
+MASKED = {
+    "counts that divide": MASKS,
+    "counts without a common divisor": (rectangle(slice(1, 4), slice(2, 7)), MASKS[1]),
+    "disks": (DISK, DISK.roll(2, 0)),
+    "one position, which the small layers lose": (rectangle(slice(3, 4), slice(5, 6)), MASKS[1]),
+    "soft": (MASKS[0], rectangle(ALL, slice(5), 0.3) + rectangle(slice(3), ALL, 0.7)),
+    "no source": (rectangle(ALL, ALL, 0.0), MASKS[1]),
+    "all source": (rectangle(ALL, ALL), MASKS[1]),
+    "no target": (DISK, rectangle(ALL, ALL, 0.0)),
+    "all target": (DISK, rectangle(ALL, ALL)),
+}
 
 
 @pytest.mark.parametrize(("union", "masks"), [(False, None), (True, None), (False, MASKS)])
@@ -116,6 +140,73 @@ def test_masactrl_equals_its_equations(
     edit = masactrl(tiny, 3, 0.2, union, masks)
     theirs = classic_masactrl(tiny, 3, 1, union, masks)
     assert close(tiny, tiny.sample(attach(tiny.model, tiny.trajectory, edit)), theirs)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_any_mask_is_exact_and_costs_no_more_than_none(tiny: Tiny, name: str) -> None:
+    """Pairs of queries and keys are counted, and the keys of the longest call."""
+    calls: list[tuple[int, int]] = []
+
+    def count(function, q: Tensor, k: Tensor, *args, **kwargs) -> Tensor:
+        if k.shape[1] != 77:
+            calls.append((len(q) * q.shape[1] * k.shape[1], k.shape[1]))
+        return function(q, k, *args, **kwargs)
+
+    def counted(masks: tuple[Tensor, Tensor] | None) -> tuple[Tensor, int, int]:
+        calls.clear()
+        model = attach(tiny.model, tiny.trajectory, masactrl(tiny, 3, 0.2, False, masks))
+        model.model_options["transformer_options"]["optimized_attention_override"] = count
+        return tiny.sample(model), sum(pairs for pairs, _ in calls), max(keys for _, keys in calls)
+
+    ours, pairs, longest = counted(MASKED[name])
+    _, most, positions = counted(None)
+    assert close(tiny, ours, classic_masactrl(tiny, 3, 1, False, MASKED[name]))
+    assert longest == positions == 64
+    assert pairs <= most
+
+
+def test_masks_reach_into_another_pack_s_attention(tiny: Tiny) -> None:
+    """Placed by block or by layer, before or after the edit: it is asked for each part, then for all rows."""
+    seen = []
+
+    def own(q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
+        seen.append((len(q), k.shape[1], options["cond_or_uncond"]))
+        return comfy.ldm.modules.attention.optimized_attention(q, k, v, options["n_heads"])
+
+    edit = masactrl(tiny, 3, 0.8, False, MASKED["disks"])
+    expected = tiny.sample(attach(tiny.model, tiny.trajectory, edit))
+    for place in (("output", 1), ("output", 1, 0)):
+        for first in (False, True):
+            model = tiny.model if first else attach(tiny.model, tiny.trajectory, edit)
+            model = model.clone()
+            model.set_model_attn1_replace(own, *place)
+            model = attach(model, tiny.trajectory, edit) if first else model
+            seen.clear()
+            torch.testing.assert_close(tiny.sample(model), expected, rtol=1e-4, atol=1e-4)
+            foreground = int(DISK.view(4, 2, 4, 2).mean((1, 3)).gt(0.5).sum())
+            assert [(rows, keys) for rows, keys, _ in seen[-3:]] == [(2, foreground), (2, 16 - foreground), (3, 16)]
+            assert [sorted(kinds) for _, _, kinds in seen[-3:]] == [[0, 1], [0, 1], [0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("node", "sentence"),
+    [
+        (lambda model: TomePatchModel.execute(model, 0.5), "changed a layer of 64 positions to 32, where words are"),
+        (lambda model: HyperTile.execute(model, 32, 1, 0, False), "changed a layer of 64 positions to 16, where words"),
+        (lambda model: PerturbedAttentionGuidance.execute(model, 3.0), "self-attention of middle block 0 by one that"),
+    ],
+)
+def test_masks_refuse_who_moves_positions(tiny: Tiny, node, sentence: str) -> None:
+    model = attach(tiny.model, tiny.trajectory, masactrl(tiny, 0, 0.0, False, MASKS))
+    with pytest.raises(ValueError, match=sentence):
+        tiny.sample(node(model)[0])
+
+
+def test_masks_leave_self_attention_guidance_its_map(tiny: Tiny) -> None:
+    model = attach(tiny.model, tiny.trajectory, masactrl(tiny, 0, 0.0, False, MASKED["disks"]))
+    guided = tiny.sample(SelfAttentionGuidance.execute(model, 0.5, 2.0)[0])
+    assert torch.isfinite(guided).all()
+    assert not torch.allclose(guided, tiny.sample(model), rtol=1e-3)
 
 
 def test_no_op_settings_equal_the_plain_sampler_bit_for_bit(tiny: Tiny) -> None:
@@ -148,9 +239,9 @@ def test_rows_a_step(tiny: Tiny, name: str) -> None:
     assert rows == ([3, 3, 3, 3, 2] if name == "pnp" else [2, 2, 2, 3, 3])
 
 
-@pytest.mark.parametrize("name", ["pnp", "masactrl"])
+@pytest.mark.parametrize("name", ["pnp", "masactrl", "masked masactrl"])
 def test_a_store_stands_in_for_the_source_row(tiny: Tiny, name: str) -> None:
-    edit = PNP if name == "pnp" else masactrl(tiny)
+    edit = PNP if name == "pnp" else masactrl(tiny, masks=MASKED["disks"] if "masked" in name else None)
     recording = Recording(NEVER, ALWAYS, 64, 1 << 30, torch.float32, torch.device("cpu"), ALWAYS, FEATURE)
     store = record_attention(tiny.model, tiny.trajectory, recording)
     model, rows = rows_of(tiny.model)

@@ -224,12 +224,13 @@ def test_split_calls_give_the_same_target(tiny: Tiny, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("no_memory", [False, True])
 @pytest.mark.parametrize(
-    ("source", "target", "negative"), [(77, 77, 154), (154, 77, 77), (77, 154, 77), (77, 154, 231)]
+    ("source", "target", "negative"),
+    [(77, 77, 154), (154, 77, 77), (77, 154, 77), (77, 154, 231), (385, 385, 77), (77, 385, 77)],
 )
 def test_unequal_token_counts(
     source: int, target: int, negative: int, no_memory: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The host tiles contexts to a common length; the edit must see the prompts' own tokens all the same."""
+    """The host tiles contexts to a common length, up to four times; the edit must see the prompts' own tokens."""
     tiny = Tiny(source=conditioning(1, source), target=conditioning(2, target), negative=conditioning(3, negative))
     model = attach(tiny.model, tiny.trajectory, swap(some_mapper(source, target), self_=NEVER))
     if no_memory:
