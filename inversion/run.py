@@ -14,7 +14,7 @@ from comfy.samplers import CFGGuider, Sampler
 from torch import Tensor
 
 from ..host.model import identity, prediction_type
-from ..host.refusals import check_deterministic, check_latent, check_unguided
+from ..host.refusals import check_deterministic, check_every_call, check_latent, check_unguided
 from ..host.sampler import OwnSampler, Run
 from ..host.source import KEY, STATE
 from ..host.trajectory import Trajectory, sigma_index
@@ -94,6 +94,7 @@ def check_inversion(node: str, model: ModelPatcher, guidance: Guidance, samples:
     """Raises ValueError for models, latents and settings that `node` cannot invert, before anything is run."""
     check_unedited(model, node)
     prediction_type(model)
+    check_every_call(model, node)
     check_unguided(model)
     check_latent(model, samples)
     if guidance.cfg != 1 and guidance.negative is None:
@@ -121,6 +122,7 @@ def record(
         raise ValueError("Record Trajectory was given no sigmas: set denoise to 1 in the scheduler node.")
     check_latent(model, samples)
     check_deterministic(sampler)
+    check_every_call(model, "Record Trajectory")
     schedule = sigmas.cpu()
     states: dict[int, Tensor] = {}
 
