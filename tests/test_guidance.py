@@ -19,7 +19,6 @@ from comfy_extras.nodes_eps import EpsilonScaling, TemporalScoreRescaling
 from comfy_extras.nodes_freelunch import FreeU_V2
 from comfy_extras.nodes_fresca import FreSca
 from comfy_extras.nodes_hypertile import HyperTile
-from comfy_extras.nodes_latent import LatentApplyOperationCFG
 from comfy_extras.nodes_lumina2 import RenormCFG
 from comfy_extras.nodes_mahiro import Mahiro
 from comfy_extras.nodes_model_advanced import RescaleCFG
@@ -29,7 +28,6 @@ from comfy_extras.nodes_perpneg import PerpNeg
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiTSimple
 from comfy_extras.nodes_tcfg import TCFG
-from comfy_extras.nodes_video_model import VideoTriangleCFGGuidance
 from torch import Tensor
 
 from palimpsest.attention.local_blend import LocalBlend
@@ -308,7 +306,6 @@ GUIDING: dict[str, Callable[[ModelPatcher], ModelPatcher]] = {
     "CFGZeroStar": lambda model: CFGZeroStar.execute(model).result[0],
     "EpsilonScaling": lambda model: EpsilonScaling.execute(model, 1.005).result[0],
     "FreSca": lambda model: FreSca.execute(model, 1.0, 1.25, 20).result[0],
-    "LatentApplyOperationCFG": lambda model: LatentApplyOperationCFG.execute(model, lambda latent: latent).result[0],
     "Mahiro": lambda model: Mahiro.execute(model).result[0],
     "PerpNeg": lambda model: PerpNeg.execute(model, EMPTY, 1.0).result[0],
     "PerturbedAttentionGuidance": lambda model: PerturbedAttentionGuidance.execute(model, 3.0).result[0],
@@ -318,12 +315,11 @@ GUIDING: dict[str, Callable[[ModelPatcher], ModelPatcher]] = {
     "SkipLayerGuidanceDiTSimple": lambda model: SkipLayerGuidanceDiTSimple.execute(model, 0.0, 1.0, "1", "").result[0],
     "TCFG": lambda model: TCFG.execute(model).result[0],
     "TemporalScoreRescaling": lambda model: TemporalScoreRescaling.execute(model, 0.95, 1.0).result[0],
-    "VideoTriangleCFGGuidance": lambda model: VideoTriangleCFGGuidance().patch(model, 1.0)[0],
 }
 HARMLESS: dict[str, Callable[[ModelPatcher], ModelPatcher]] = {
     "DifferentialDiffusion": lambda model: DifferentialDiffusion.execute(model).result[0],
     "FreeU_V2": lambda model: FreeU_V2.execute(model, 1.3, 1.4, 0.9, 0.2).result[0],
-    "HyperTile": lambda model: HyperTile.execute(model, 32, 1, 0, False).result[0],
+    "HyperTile": lambda model: HyperTile.execute(model, 32, 1, 0, False)[0],
     "PatchModelAddDownscale": lambda model: PatchModelAddDownscale.execute(
         model, 1, 2.0, 0.0, 0.35, True, "bicubic", "bicubic"
     ).result[0],
