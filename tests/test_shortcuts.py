@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -141,7 +141,9 @@ class Cached:
         self.tiny = tiny
         self.done: dict[tuple, tuple[Tensor, int, int]] = {}
 
-    def __call__(self, form: str, cache: Node, log: pytest.LogCaptureFixture, first: bool = False):
+    def __call__(
+        self, form: str, cache: Node, log: pytest.LogCaptureFixture, first: bool = False
+    ) -> tuple[Tensor, int, int]:
         """The sample, the steps left out, and the rows that were run."""
         if (form, cache, first) not in self.done:
             node, _, inputs = FORMS[form]
@@ -289,7 +291,7 @@ def compiled(model: ModelPatcher) -> ModelPatcher:
 
 
 @pytest.fixture
-def _nothing_compiled():
+def _nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
