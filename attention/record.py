@@ -16,6 +16,7 @@ from ..host.layer import Block, Inputs, Layer
 from ..host.maps import token_maps
 from ..host.patches import layer_of, with_enter, with_measure
 from ..host.refusals import (
+    check_every_call,
     check_one_size,
     check_positions_kept,
     check_prompt_kept,
@@ -25,6 +26,7 @@ from ..host.refusals import (
     check_unguided,
 )
 from ..host.sampler import OwnSampler, Run
+from ..host.shortcuts import uncompiled
 from ..host.source import KEY
 from ..host.store import AttentionStore
 from ..host.trajectory import Trajectory
@@ -83,9 +85,10 @@ def record_attention(model: ModelPatcher, trajectory: Trajectory, recording: Rec
     check_unet(model)
     check_same_model(model, trajectory)
     check_source(trajectory.conditioning)
-    check_unguided(model)
+    check_every_call(model, "Record Attention")
     if KEY in model.model_options["transformer_options"]:
         raise ValueError("Record Attention was given a MODEL that is already edited: connect the MODEL from before.")
+    check_unguided(model)
     walk = _Walk(trajectory, recording)
     guider = CFGGuider(walk.tapped(model))
     guider.inner_set_conds({"positive": trajectory.conditioning})
@@ -109,7 +112,7 @@ class _Walk(OwnSampler):
 
     def tapped(self, model: ModelPatcher) -> ModelPatcher:
         def tap(executor, inner, conds: list, x: Tensor, timestep: Tensor, model_options: dict):
-            options = with_enter(model_options["transformer_options"], self.enter)
+            options = with_enter(uncompiled(model_options["transformer_options"]), self.enter)
             options = with_measure(options, self.measure, inner.diffusion_model)
             return executor(inner, conds, x, timestep, {**model_options, "transformer_options": options})
 

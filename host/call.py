@@ -12,7 +12,13 @@ from torch import Tensor
 from .layer import Block, Inputs, Layer, Read, Rule
 from .maps import WordMaps, token_maps
 from .patches import Attend, host_attention, layer_of
-from .refusals import check_divided, check_positions_kept, check_prompt_kept, check_stored
+from .refusals import (
+    check_divided,
+    check_positions_kept,
+    check_prompt_kept,
+    check_source_ran,
+    check_stored,
+)
 
 KEY = "palimpsest"
 CHUNKS, READS = f"{KEY}.chunks", f"{KEY}.reads"
@@ -40,16 +46,19 @@ class Call:
     tokens: tuple[int, int]  # of the source's and of the target's prompt, before the host tiles them
     word_maps: WordMaps | None
     kept: dict[Layer, Inputs] = field(default_factory=dict)  # of the source, from the store or from its own row
+    ran: set[int] = field(default_factory=set)  # the chunks that the UNet was run for: another node may leave them out
 
     def attention(self, kind: str, rows: Inputs, extra_options: dict) -> Inputs:
         """The rows of all chunks of a UNet call, the target's replaced by what the edits let it read.
 
         An attention of several terms is run as so many rows, the further ones behind all others; `leave` joins them.
         """
+        chunks = extra_options[CHUNKS]
+        self.ran.update(chunks)
+        check_source_ran(self.source is None or self.source in self.ran)
         rule = self.rule(layer := layer_of(kind, extra_options))
         if rule is None:
             return rows
-        chunks = extra_options[CHUNKS]
         if self.source not in chunks and not self.readers(rule, chunks):
             return rows
         if self.source in chunks:

@@ -33,6 +33,7 @@ from .refusals import (
     check_two_latents,
     check_unmixed,
 )
+from .shortcuts import decided_once, uncached, uncompiled
 from .trajectory import Trajectory
 
 KEY = f"{source.KEY}.guide"
@@ -75,15 +76,17 @@ def attach_guide(model: ModelPatcher, trajectory: Trajectory, guide: Guide, chec
 
 def _outer_sample(executor, noise: Tensor, latent_image: Tensor, sampler: Sampler, *args, **kwargs):
     guider = executor.class_obj
+    options = guider.model_options["transformer_options"]  # the host's copy for this run alone
     check_in_place(sampler, "Cross Attention Guidance")
     check_attention(guider.model_patcher, "Cross Attention Guidance")
-    ((embedding, _),) = guider.model_options["transformer_options"][source.KEY].trajectory.conditioning
+    ((embedding, _),) = options[source.KEY].trajectory.conditioning
     positive = guider.conds["positive"][0]
     check_same_length(embedding.shape[1], positive["cross_attn"].shape[1])
     if "gligen" in positive:
         raise ValueError("Cross Attention Guidance cannot work through GLIGEN: remove it from the target prompt.")
-    if guider.model_options["transformer_options"][KEY].two_latents:
+    if options[KEY].two_latents:
         check_two_latents(guider)
+        decided_once(options)
     return executor(noise, latent_image, sampler, *args, **kwargs)
 
 
@@ -156,7 +159,7 @@ def _gradient(
         tokens = cond["cross_attn"].shape[1]
         measure = _measure(guide, tokens, take)
         alone = {name: value for name, value in model_options["transformer_options"].items() if name != source.RUN}
-        options = with_measure(alone, measure, guider.inner_model.diffusion_model)
+        options = with_measure(uncached(uncompiled(alone)), measure, guider.inner_model.diffusion_model)
         sigmas = timestep[: len(x)].clone()
         calc_cond_batch(guider.inner_model, [[cond]], x, sigmas, {**model_options, "transformer_options": options})
 

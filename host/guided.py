@@ -37,11 +37,14 @@ def attach_rule(model: ModelPatcher, rule: Rule, trajectory: Trajectory | None) 
     if trajectory is not None:
         check_same_model(model, trajectory)
 
+    def outer_sample(executor, *args, **kwargs):
+        executor.class_obj.model_options["transformer_options"][KEY] = []  # in the host's copy for this run alone
+        return executor(*args, **kwargs)
+
     def predict_noise(executor, x: Tensor, timestep: Tensor, model_options: dict, *args, **kwargs):
-        asked: list[bool] = []
-        options = {**model_options, "transformer_options": {**model_options["transformer_options"], KEY: asked}}
-        result = executor(x, timestep, options, *args, **kwargs)
-        if not asked:
+        result = executor(x, timestep, model_options, *args, **kwargs)
+        # A cache may leave out any call but the first.
+        if not model_options["transformer_options"][KEY]:
             raise ValueError(
                 f"Proximal Guidance has no effect in the guider {type(executor.class_obj).__name__}, which combines "
                 "predictions by itself: use CFGGuider or a KSampler."
@@ -68,6 +71,7 @@ def attach_rule(model: ModelPatcher, rule: Rule, trajectory: Trajectory | None) 
         return rule.pulled(denoised, source, args["cond_denoised"] - args["uncond_denoised"])
 
     model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, predict_noise)
     model.set_model_sampler_pre_cfg_function(before)
     if trajectory is not None:

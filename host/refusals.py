@@ -17,13 +17,21 @@ from .alone import ALIKE, apart
 from .layer import Layer
 from .model import identity
 from .sampler import Run
+from .shortcuts import cache_on
 from .trajectory import Trajectory
 
 # These take a noise sampler but draw nothing from it at their defaults.
 NOISELESS = {"sample_res_multistep", "sample_res_multistep_cfg_pp"}
 RANGES = ("start_percent", "end_percent")
 NEGATIVES = "palimpsest.negatives"  # key of Negative Prompt Guidance's wrappers
-GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
+# Where nodes stand between a sampler and what the UNet predicts: functions among the model's options, and wrappers.
+GUIDANCE = (
+    "sampler_calc_cond_batch_function",
+    "sampler_cfg_function",
+    "sampler_pre_cfg_function",
+    "sampler_post_cfg_function",
+)
+GUIDING = (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH)
 
 
 def check_unet(model: ModelPatcher) -> None:
@@ -107,10 +115,21 @@ def check_unguided(model: ModelPatcher) -> None:
     found = [name for name in GUIDANCE if model.model_options.get(name)]
     if is_mixed(model):
         found.append("Negative Prompt Guidance")
+    elsewhere = model.model_options["transformer_options"].get("wrappers", {})
+    for kind in GUIDING:
+        found += [key or f"a {kind} wrapper" for key in (*model.wrappers.get(kind, {}), *elsewhere.get(kind, {}))]
     if found:
         raise ValueError(
             f"The MODEL to invert or record carries another node's guidance ({found[0]}), which bends the path: "
             "connect the MODEL from before that node, and use the node on the MODEL that edits."
+        )
+
+
+def check_every_call(model: ModelPatcher, node: str) -> None:
+    """Raises ValueError for models of which another node leaves out calls: `node` needs the answer to each."""
+    if (cache := cache_on(model)) is not None:
+        raise ValueError(
+            f"{node} needs every answer of the model, but {cache} leaves some out: connect the MODEL from before it."
         )
 
 
@@ -226,6 +245,7 @@ def check_whole_schedule(sigmas: Tensor, has_noise: bool, model: ModelPatcher) -
 def check_replay(node: str, trajectory: Trajectory, run: Run) -> None:
     """Raises ValueError for a run that the sampler which `node` made for `trajectory` cannot give the image back in."""
     check_same_model(run.guider.model_patcher, trajectory)
+    check_every_call(run.guider.model_patcher, f"The sampler of {node}")
     sigmas, latent = run.sigmas, run.latent
     if run.denoise_mask is not None:
         raise ValueError(
@@ -280,6 +300,15 @@ def check_start(x: Tensor, noise: Tensor, index: int) -> None:
         raise ValueError(
             f"The sampler starts at step {index} but from the noise of step 0: set start_at_step to 0, or connect the "
             "latent of a sampler that stopped there."
+        )
+
+
+def check_source_ran(ran: bool) -> None:
+    """Raises ValueError where the target's call has begun, but the source's, which it reads from, was left out."""
+    if not ran:
+        raise ValueError(
+            "Another node on this MODEL left out the call of the source, which the edit reads from: remove that pack's "
+            "cache, or take the host's EasyCache."
         )
 
 

@@ -39,6 +39,7 @@ from .refusals import (
     check_start,
     check_unet,
 )
+from .shortcuts import uncached, uncompiled
 from .store import AttentionStore
 from .trajectory import Trajectory
 from .unet import residual_hooks
@@ -266,7 +267,7 @@ def _calc_cond_batch(executor, model, conds: list, x_in: Tensor, timestep: Tenso
     call = run and run.call(model, conds, x_in, timestep, options)
     if not call:
         return executor(model, conds, x_in, timestep, model_options)
-    options = with_enter({**options, CALL: call}, call.attention, call.leave)
+    options = with_enter({**uncompiled(options), CALL: call}, call.attention, call.leave)
     if call.word_maps is not None:
         options = with_measure(options, call.measure, model.diffusion_model)
     model_options = {**model_options, "transformer_options": options}
@@ -281,7 +282,7 @@ def _calc_cond_batch(executor, model, conds: list, x_in: Tensor, timestep: Tenso
             alone = [None] * len(conds) + [[source]]
             executor(model, alone, call.state, timestep[: len(call.state)], model_options)
     results = executor(model, joined, x_in, timestep, model_options)[: len(conds)]
-    if call.word_maps is not None:
+    if call.word_maps is not None and call.target in call.ran:
         run.maps[call.index] = call.word_maps.means()
     return results
 
@@ -300,6 +301,8 @@ def _apply_model(executor, x: Tensor, t: Tensor, c_concat, c_crossattn, control,
     transformer_options = {**transformer_options, CHUNKS: chunks, "cond_or_uncond": seen}
     if "uuids" in transformer_options:
         transformer_options["uuids"] = [transformer_options["uuids"][at] for at in order]
+    if chunks == [call.source]:
+        transformer_options = uncached(transformer_options)  # what others read from is never left out
 
     def ordered(value, order: list[int] = order):
         rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == size

@@ -25,6 +25,7 @@ from ..host.gradients import constant_control, differentiable, gradients
 from ..host.model import noise_latent
 from ..host.refusals import (
     check_attention,
+    check_every_call,
     check_one_gpu,
     check_plain,
     check_same_model,
@@ -163,6 +164,7 @@ class NullTextSampler(OwnSampler):
 def check(model: ModelPatcher, pivot: Trajectory, start: list, settings: Settings) -> None:
     """Raises ValueError for models, trajectories, prompts and settings that this does not fit."""
     check_unedited(model, NODE)
+    check_every_call(model, NODE)
     check_unguided(model)
     check_unet(model)
     check_one_gpu(model)

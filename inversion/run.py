@@ -19,6 +19,7 @@ from ..host.conditioning import copied
 from ..host.model import add_outermost, identity, prediction_type
 from ..host.refusals import (
     check_deterministic,
+    check_every_call,
     check_latent,
     check_same_answer,
     check_unguided,
@@ -103,6 +104,7 @@ def check_inversion(node: str, model: ModelPatcher, guidance: Guidance, samples:
     """Raises ValueError for models, latents and settings that `node` cannot invert, before anything is run."""
     check_unedited(model, node)
     prediction_type(model)
+    check_every_call(model, node)
     check_unguided(model)
     check_latent(model, samples)
     if guidance.cfg != 1 and guidance.negative is None:
@@ -130,6 +132,7 @@ def record(
         raise ValueError("Record Trajectory was given no sigmas: set denoise to 1 in the scheduler node.")
     check_latent(model, samples)
     check_deterministic(sampler)
+    check_every_call(model, "Record Trajectory")
     schedule = sigmas.cpu()
     states: dict[int, Tensor] = {}
 

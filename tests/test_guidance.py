@@ -10,7 +10,24 @@ import pytest
 import torch
 from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
-from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
+from comfy.patcher_extension import WrappersMP, add_wrapper
+from comfy_extras.nodes_apg import APG
+from comfy_extras.nodes_cfg import CFGNorm, CFGZeroStar
+from comfy_extras.nodes_custom_sampler import CFGOverride, Guider_Basic, Guider_DualCFG
+from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+from comfy_extras.nodes_eps import EpsilonScaling, TemporalScoreRescaling
+from comfy_extras.nodes_freelunch import FreeU_V2
+from comfy_extras.nodes_fresca import FreSca
+from comfy_extras.nodes_hypertile import HyperTile
+from comfy_extras.nodes_lumina2 import RenormCFG
+from comfy_extras.nodes_mahiro import Mahiro
+from comfy_extras.nodes_model_advanced import RescaleCFG
+from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+from comfy_extras.nodes_perpneg import PerpNeg
+from comfy_extras.nodes_sag import SelfAttentionGuidance
+from comfy_extras.nodes_slg import SkipLayerGuidanceDiTSimple
+from comfy_extras.nodes_tcfg import TCFG
 from torch import Tensor
 
 from palimpsest.attention.local_blend import LocalBlend
@@ -25,6 +42,7 @@ from palimpsest.host.negatives import attach_mixture
 from palimpsest.host.schedule import step_of
 from palimpsest.host.source import attach, attach_blend
 from palimpsest.host.timed import timed
+from palimpsest.host.trajectory import Trajectory
 from palimpsest.inversion.run import Guidance, invert
 from palimpsest.nodes.guidance import NegativePromptGuidance, NegativePromptGuider, ProximalGuidance
 from reference import classic_p2p, in_float64, swapped
@@ -279,6 +297,55 @@ def test_models_with_changed_guidance_are_not_inverted(tiny: Tiny, found: str) -
     mixed = attach_mixture(tiny.model, EMPTY, Mixture(0.5, CONSTANT))
     with pytest.raises(ValueError, match=f"carries another node's guidance .*{found}"):
         invert(mixed if "Prompt" in found else proximal, Guidance(tiny.source, None, 1.0), tiny.image, tiny.sigmas)
+
+
+GUIDING: dict[str, Callable[[ModelPatcher], ModelPatcher]] = {
+    "CFGOverride": lambda model: CFGOverride.execute(model, 4.0, 0.0, 1.0).result[0],
+    "APG": lambda model: APG.execute(model, 1.0, 5.0, 0.0).result[0],
+    "CFGNorm": lambda model: CFGNorm.execute(model, 0.5).result[0],
+    "CFGZeroStar": lambda model: CFGZeroStar.execute(model).result[0],
+    "EpsilonScaling": lambda model: EpsilonScaling.execute(model, 1.005).result[0],
+    "FreSca": lambda model: FreSca.execute(model, 1.0, 1.25, 20).result[0],
+    "Mahiro": lambda model: Mahiro.execute(model).result[0],
+    "PerpNeg": lambda model: PerpNeg.execute(model, EMPTY, 1.0).result[0],
+    "PerturbedAttentionGuidance": lambda model: PerturbedAttentionGuidance.execute(model, 3.0).result[0],
+    "RenormCFG": lambda model: RenormCFG.execute(model, 100.0, 1.0).result[0],
+    "RescaleCFG": lambda model: RescaleCFG().patch(model, 0.7)[0],
+    "SelfAttentionGuidance": lambda model: SelfAttentionGuidance.execute(model, 0.5, 2.0).result[0],
+    "SkipLayerGuidanceDiTSimple": lambda model: SkipLayerGuidanceDiTSimple.execute(model, 0.0, 1.0, "1", "").result[0],
+    "TCFG": lambda model: TCFG.execute(model).result[0],
+    "TemporalScoreRescaling": lambda model: TemporalScoreRescaling.execute(model, 0.95, 1.0).result[0],
+}
+HARMLESS: dict[str, Callable[[ModelPatcher], ModelPatcher]] = {
+    "DifferentialDiffusion": lambda model: DifferentialDiffusion.execute(model).result[0],
+    "FreeU_V2": lambda model: FreeU_V2.execute(model, 1.3, 1.4, 0.9, 0.2).result[0],
+    "HyperTile": lambda model: HyperTile.execute(model, 32, 1, 0, False)[0],
+    "PatchModelAddDownscale": lambda model: PatchModelAddDownscale.execute(
+        model, 1, 2.0, 0.0, 0.35, True, "bicubic", "bicubic"
+    ).result[0],
+}
+
+
+@pytest.mark.parametrize("name", GUIDING)
+def test_a_node_of_the_host_that_guides_is_not_inverted(tiny: Tiny, name: str) -> None:
+    model, rows = rows_of(GUIDING[name](tiny.model))
+    with pytest.raises(ValueError, match="carries another node's guidance"):
+        invert(model, Guidance(tiny.source, None, 1.0), tiny.image, tiny.sigmas)
+    assert not rows
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_a_node_of_the_host_that_guides_nothing_is_inverted(tiny: Tiny, name: str) -> None:
+    assert isinstance(
+        invert(HARMLESS[name](tiny.model), Guidance(tiny.source, None, 1.0), tiny.image, tiny.sigmas), Trajectory
+    )
+
+
+def test_a_wrapper_among_the_options_guides_as_one_of_the_model(tiny: Tiny) -> None:
+    model = tiny.model.clone()
+    add_wrapper(WrappersMP.PREDICT_NOISE, lambda executor, *args: executor(*args), model.model_options, True)
+    with pytest.raises(ValueError, match=r"another node's guidance \(a predict_noise wrapper\)"):
+        invert(model, Guidance(tiny.source, None, 1.0), tiny.image, tiny.sigmas)
 
 
 def test_proximal_guidance_refuses_what_it_cannot_reach(tiny: Tiny) -> None:
