@@ -67,17 +67,17 @@ def attach_rule(model: ModelPatcher, rule: Rule, trajectory: Trajectory | None) 
     if not rule.pulls(1.0):
         trajectory = None
 
-    def sampler_sample(
-        executor, guider: CFGGuider, sigmas: Tensor, extra_args: dict, callback, noise: Tensor, latent, mask, *args
-    ) -> Tensor:
-        sampler: Sampler = executor.class_obj
+    def outer_sample(executor, noise: Tensor, latent: Tensor, sampler: Sampler, sigmas: Tensor, mask, *args, **kwargs):
         if trajectory is not None:
-            check_run(trajectory, guider, noise, sampler, sigmas, mask)
+            check_run(trajectory, executor.class_obj, noise, sampler, sigmas, mask)
             check_in_place(sampler, NODE)
+        return executor(noise, latent, sampler, sigmas, mask, *args, **kwargs)
+
+    def sampler_sample(executor, guider: CFGGuider, sigmas: Tensor, extra_args: dict, *args) -> Tensor:
         run, model_options = _Run(rule, trajectory), extra_args["model_options"]
         options = {**model_options["transformer_options"], KEY: run}
         extra_args = {**extra_args, "model_options": {**model_options, "transformer_options": options}}
-        x = executor(guider, sigmas, extra_args, callback, noise, latent, mask, *args)
+        x = executor(guider, sigmas, extra_args, *args)
         return x if trajectory is None else run.pulled(x, trajectory.index(float(sigmas[-1])))
 
     def predict_noise(executor, x: Tensor, timestep: Tensor, model_options: dict, *args, **kwargs) -> Tensor:
@@ -107,6 +107,7 @@ def attach_rule(model: ModelPatcher, rule: Rule, trajectory: Trajectory | None) 
         return [negative + rule.shrunk(positive - negative), negative, *others]
 
     model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
     model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, sampler_sample)
     add_outermost(model, WrappersMP.PREDICT_NOISE, KEY, predict_noise)
     model.set_model_sampler_pre_cfg_function(before)

@@ -12,7 +12,7 @@ import torch
 from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
+from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG, SamplerSASolver
 from torch import Tensor
 
 from palimpsest.attention.local_blend import LocalBlend
@@ -376,8 +376,9 @@ def test_proximal_guidance_refuses_runs_that_do_not_follow_its_trajectory(tiny: 
         tiny.sample(attach_rule(tiny.model, PROXIMAL, large))
     with pytest.raises(ValueError, match="schedule has sigma"):
         tiny.sample(model, sigmas=tiny.sigmas * 0.9)
-    with pytest.raises(ValueError, match="Proximal Guidance cannot change the latent inside the sampler 'uni_pc'"):
-        tiny.sample(model, sampler="uni_pc")
+    for sampler in ("uni_pc", SamplerSASolver.execute(tiny.model, 0, 0.2, 0.8, 1.0, 3, 4, False, False)[0]):
+        with pytest.raises(ValueError, match="Proximal Guidance cannot change the latent inside .* '(uni|sa)_"):
+            tiny.sample(model, sampler=sampler)
     with pytest.raises(ValueError, match="adds fresh noise"):
         tiny.sample(model, sampler="euler_ancestral")
     with pytest.raises(ValueError, match="made with another model"):

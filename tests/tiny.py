@@ -105,7 +105,7 @@ class Tiny:
     def sample(
         self, model, positive=None, negative=None, cfg: float = 4.0, sampler: str | Sampler = "euler", **changes
     ) -> Tensor:
-        parts = {"noise": self.noise, "sigmas": self.sigmas, "noise_mask": None} | changes
+        parts = {"noise": self.noise, "sigmas": self.sigmas, "noise_mask": None, "seed": 0} | changes
         return comfy.sample.sample_custom(
             model,
             torch.zeros_like(parts["noise"]),
@@ -117,7 +117,7 @@ class Tiny:
             parts["noise"],
             noise_mask=parts["noise_mask"],
             disable_pbar=True,
-            seed=0,
+            seed=parts["seed"],
         )
 
 
