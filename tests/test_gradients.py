@@ -172,14 +172,15 @@ def through_numpy(hidden: Tensor, options: dict) -> Tensor:
 
 
 def into_a_buffer() -> Callable:
-    buffers: dict[int, Tensor] = {}
+    buffers = {width: torch.zeros(width) for width in (32, 64)}
 
     def patch(hidden: Tensor, options: dict) -> Tensor:
-        buffer = buffers.setdefault(hidden.shape[-1], torch.zeros(hidden.shape[-1]))
-        return hidden + buffer.copy_(hidden.mean((0, 1)))
+        if not hidden.requires_grad:
+            return hidden
+        buffer = buffers[hidden.shape[-1]]
+        buffer.copy_(hidden.mean((0, 1)))
+        return hidden + buffer
 
-    for width in (32, 64):
-        patch(torch.zeros(1, 1, width), {})
     return patch
 
 
