@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from comfy.model_base import BaseModel
+from comfy.samplers import calc_cond_batch
 from torch import Tensor
 
 from .layer import Block, Inputs, Layer, Read, Rule
@@ -23,12 +25,19 @@ from .refusals import (
 KEY = "palimpsest"
 CHUNKS, READS = f"{KEY}.chunks", f"{KEY}.reads"
 TERM = -1  # stands for a further term of the target's attention among the cond indices of a call
+POSITIVE, NEGATIVE = 0, 1  # cond indices in a guider's call, by which other packs tell the two
 
 
 def place(conds: Sequence[Sequence[dict] | None], sought: Iterable[dict]) -> int | None:
     """Where in the conditionings of a call one of those `sought` stands, if any does."""
     known = {cond["uuid"] for cond in sought}
     return next((i for i, cond in enumerate(conds) if cond and cond[0]["uuid"] in known), None)
+
+
+def estimate(base: BaseModel, at: int, cond: dict, x: Tensor, timestep: Tensor, model_options: dict) -> Tensor:
+    """The denoised estimate of x by a processed conditioning that runs alone, at the cond index of a guider's call."""
+    conds = [[cond] if index == at else None for index in (POSITIVE, NEGATIVE)]
+    return calc_cond_batch(base, conds, x, timestep, model_options)[at]
 
 
 @dataclass

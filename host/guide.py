@@ -12,13 +12,13 @@ from typing import Protocol
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from comfy.samplers import CFGGuider, Sampler, calc_cond_batch
+from comfy.samplers import CFGGuider, Sampler
 from torch import Tensor
 
-from . import source
+from . import guided, source
 from .alone import Conds, alone, mixes_prompts
-from .call import place
-from .gradients import constant_control, differentiable, gradients
+from .call import NEGATIVE, POSITIVE, estimate, place
+from .gradients import constant_control, differentiable, gradients, isolated, refusing
 from .layer import Layer
 from .maps import attention_maps
 from .model import add_outermost
@@ -68,7 +68,8 @@ def attach_guide(model: ModelPatcher, trajectory: Trajectory, guide: Guide, chec
         raise ValueError("This MODEL already carries a Cross Attention Guidance: one has to do, with a larger amount.")
     model = differentiable(model, checkpointing)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
-    add_outermost(model, WrappersMP.PREDICT_NOISE, KEY, _predict_noise)  # Local Blend has the last word
+    # Local Blend has the last word, Proximal Guidance the first: what it moves is the end of the step before.
+    add_outermost(model, WrappersMP.PREDICT_NOISE, KEY, _predict_noise, within=guided.KEY)
     add_outermost(model, WrappersMP.CALC_COND_BATCH, KEY, _calc_cond_batch)  # the source joins the target's call
     model.model_options["transformer_options"] |= {source.KEY: branch, KEY: guide}
     return model
@@ -100,14 +101,14 @@ def _predict_noise(executor, x: Tensor, timestep: Tensor, model_options: dict, *
             check_one_state(["Cross Attention Guidance"])
         guider, state = executor.class_obj, run.state(x, index)
 
-        def moved(cond: dict, source_cond: dict) -> Tensor:
-            gradient = _gradient(guider, guide, (cond, source_cond), (x, state), timestep, model_options)
+        def moved(at: int, cond: dict, source_cond: dict) -> Tensor:
+            gradient = _gradient(guider, guide, at, (cond, source_cond), (x, state), timestep, model_options)
             return guide.moved(x, gradient, sigma)
 
-        own = target = moved(guider.conds["positive"][0], run.source)
+        own = target = moved(POSITIVE, guider.conds["positive"][0], run.source)
         if guide.two_latents:
             (negative,) = guider.conds["negative"]
-            own = moved(negative, negative)
+            own = moved(NEGATIVE, negative, negative)
             model_options = {**model_options, "transformer_options": {**options, AHEAD: target - own}}
         x.copy_(own)  # in place: the step that the sampler takes starts here
     return executor(x, timestep, model_options, *args, **kwargs)
@@ -136,6 +137,7 @@ def _calc_cond_batch(executor, model, conds: list, x: Tensor, timestep: Tensor, 
 def _gradient(
     guider: CFGGuider,
     guide: Guide,
+    at: int,
     conds: tuple[dict, dict],
     latents: tuple[Tensor, Tensor],
     timestep: Tensor,
@@ -143,7 +145,7 @@ def _gradient(
 ) -> Tensor:
     """Of the summed losses of all images, whose parts do not touch: each image gets its own.
 
-    conds, latents: what is moved, and the source that it is compared with.
+    at: the cond index of both prompts. conds, latents: what is moved, and the source that it is compared with.
     """
     reference: dict[Layer, Tensor] = {}
     losses: dict[Layer, Tensor] = {}  # by layer: a checkpointed one is measured again for its gradient
@@ -158,12 +160,12 @@ def _gradient(
     def run_alone(cond: dict, x: Tensor, take) -> None:
         tokens = cond["cross_attn"].shape[1]
         measure = _measure(guide, tokens, take)
-        alone = {name: value for name, value in model_options["transformer_options"].items() if name != source.RUN}
-        options = with_measure(uncached(uncompiled(alone)), measure, guider.inner_model.diffusion_model)
+        own = {name: value for name, value in model_options["transformer_options"].items() if name != source.RUN}
+        options = with_measure(uncached(uncompiled(isolated(own))), measure, guider.inner_model.diffusion_model)
         sigmas = timestep[: len(x)].clone()
-        calc_cond_batch(guider.inner_model, [[cond]], x, sigmas, {**model_options, "transformer_options": options})
+        estimate(guider.inner_model, at, cond, x, sigmas, {**model_options, "transformer_options": options})
 
-    with gradients():
+    with gradients(), refusing("Cross Attention Guidance"):
         with torch.no_grad():
             run_alone(source_cond, state.clone(), see)
         if not reference:

@@ -1,4 +1,4 @@
-"""A change to how guidance combines two predictions, through the host's lists for it."""
+"""A change to how guidance combines two predictions, and to the latent that each step leads to."""
 
 from __future__ import annotations
 
@@ -6,24 +6,52 @@ from typing import Protocol
 
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from comfy.samplers import CFGGuider, Sampler
 from torch import Tensor
 
-from .refusals import check_same_model
-from .schedule import step_of
+from .model import add_outermost
+from .refusals import check_in_place, check_one_state, check_run, check_same_model
+from .source import STATE
 from .trajectory import Trajectory
 
 KEY = "palimpsest.guided"
+NODE = "Proximal Guidance"
 
 
 class Rule(Protocol):
     def shrunk(self, difference: Tensor) -> Tensor:
         """What guidance multiplies, instead of the positive's denoised estimate less the negative's [b, c, h, w]."""
 
-    def pulled(self, denoised: Tensor, source: Tensor, shrunk: Tensor) -> Tensor:
-        """The denoised estimate to go on with, given the source's image [1 or b, c, h, w]."""
+    def unchanged(self, difference: Tensor) -> Tensor:
+        """[b, c, h, w] in 0..1: where that difference changes nothing."""
 
     def pulls(self, fraction: float) -> bool:
-        """Whether `pulled` applies where `fraction` (0 to 1) of the schedule is finished."""
+        """Whether `pulled` applies to the step that starts where `fraction` (0 to 1) of the schedule is finished."""
+
+    def pulled(self, x: Tensor, unchanged: Tensor, denoised: Tensor, state: Tensor, image: Tensor) -> Tensor:
+        """The latent x to go on with after a step, given its denoised estimate, and the source's state and image."""
+
+
+class _Run:
+    """What one sampling run has found so far."""
+
+    def __init__(self, rule: Rule, trajectory: Trajectory | None) -> None:
+        self.rule, self.trajectory = rule, trajectory
+        self.asked = False
+        self.unchanged: Tensor | None = None  # of the last call that was guided: another pack may skip one
+        self.steps: dict[int, tuple[Tensor, Tensor]] = {}  # by step: where it changed nothing, and its estimate
+
+    def note(self, index: int | None, denoised: Tensor) -> None:
+        if index is not None and self.unchanged is not None and self.rule.pulls(index / self.trajectory.steps):
+            self.steps[index] = self.unchanged, denoised
+
+    def pulled(self, x: Tensor, index: int | None) -> Tensor:
+        """x at a step of the trajectory, pulled by what the step before it found."""
+        found = None if index is None else self.steps.get(index - 1)
+        if found is None:
+            return x
+        state, image = (self.trajectory.states[at].to(x) for at in (index, -1))
+        return self.rule.pulled(x, *found, state, image)
 
 
 def attach_rule(model: ModelPatcher, rule: Rule, trajectory: Trajectory | None) -> ModelPatcher:
@@ -33,47 +61,54 @@ def attach_rule(model: ModelPatcher, rule: Rule, trajectory: Trajectory | None) 
     has such a rule already.
     """
     if KEY in model.wrappers.get(WrappersMP.PREDICT_NOISE, {}):
-        raise ValueError("This MODEL already carries a Proximal Guidance: one is enough, raise its quantile.")
+        raise ValueError(f"This MODEL already carries a {NODE}: one is enough, raise its quantile.")
     if trajectory is not None:
         check_same_model(model, trajectory)
+    if not rule.pulls(1.0):
+        trajectory = None
 
-    def outer_sample(executor, *args, **kwargs):
-        executor.class_obj.model_options["transformer_options"][KEY] = []  # in the host's copy for this run alone
-        return executor(*args, **kwargs)
+    def outer_sample(executor, noise: Tensor, latent: Tensor, sampler: Sampler, sigmas: Tensor, mask, *args, **kwargs):
+        if trajectory is not None:
+            check_run(trajectory, executor.class_obj, noise, sampler, sigmas, mask)
+            check_in_place(sampler, NODE)
+        return executor(noise, latent, sampler, sigmas, mask, *args, **kwargs)
 
-    def predict_noise(executor, x: Tensor, timestep: Tensor, model_options: dict, *args, **kwargs):
-        result = executor(x, timestep, model_options, *args, **kwargs)
-        # A cache may leave out any call but the first.
-        if not model_options["transformer_options"][KEY]:
+    def sampler_sample(executor, guider: CFGGuider, sigmas: Tensor, extra_args: dict, *args) -> Tensor:
+        run, model_options = _Run(rule, trajectory), extra_args["model_options"]
+        options = {**model_options["transformer_options"], KEY: run}
+        extra_args = {**extra_args, "model_options": {**model_options, "transformer_options": options}}
+        x = executor(guider, sigmas, extra_args, *args)
+        return x if trajectory is None else run.pulled(x, trajectory.index(float(sigmas[-1])))
+
+    def predict_noise(executor, x: Tensor, timestep: Tensor, model_options: dict, *args, **kwargs) -> Tensor:
+        options = model_options["transformer_options"]
+        run, index = options[KEY], None
+        if trajectory is not None:
+            if STATE in options:
+                check_one_state([NODE])
+            index = trajectory.index(float(timestep[0]))
+            x.copy_(run.pulled(x, index))  # in place: the step that the sampler takes starts here
+        denoised = executor(x, timestep, model_options, *args, **kwargs)
+        if not run.asked:
             raise ValueError(
-                f"Proximal Guidance has no effect in the guider {type(executor.class_obj).__name__}, which combines "
-                "predictions by itself: use CFGGuider or a KSampler."
+                f"{NODE} has no effect in the guider {type(executor.class_obj).__name__}, which combines predictions "
+                "by itself: use CFGGuider or a KSampler."
             )
-        return result
+        run.note(index, denoised)
+        return denoised
 
     def before(args: dict) -> list[Tensor]:
-        args["model_options"]["transformer_options"][KEY].append(True)
+        run = args["model_options"]["transformer_options"][KEY]
+        run.asked = True
         positive, negative, *others = args["conds_out"]
         if args["conds"][1] is None:
             return args["conds_out"]
+        run.unchanged = rule.unchanged(positive - negative)
         return [negative + rule.shrunk(positive - negative), negative, *others]
-
-    def after(args: dict) -> Tensor:
-        denoised, steps = args["denoised"], trajectory.steps
-        if args["uncond"] is None or not rule.pulls(step_of(trajectory.sigmas, float(args["sigma"][0])) / steps):
-            return denoised
-        source = trajectory.states[-1].to(denoised)
-        if source.shape[1:] != denoised.shape[1:] or len(source) not in (1, len(denoised)):
-            raise ValueError(
-                f"Proximal Guidance got a trajectory of shape {list(source.shape)} but the sampler's latent is "
-                f"{list(denoised.shape)}: connect the trajectory of this edit."
-            )
-        return rule.pulled(denoised, source, args["cond_denoised"] - args["uncond_denoised"])
 
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
-    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, predict_noise)
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, sampler_sample)
+    add_outermost(model, WrappersMP.PREDICT_NOISE, KEY, predict_noise)
     model.set_model_sampler_pre_cfg_function(before)
-    if trajectory is not None:
-        model.set_model_sampler_post_cfg_function(after)
     return model

@@ -41,11 +41,12 @@ def identity(model: ModelPatcher) -> ModelIdentity:
     return ModelIdentity(type(model.model).__name__, sampling_of(model), *sampled_weights(model))
 
 
-def add_outermost(model: ModelPatcher, kind: str, key: str, wrapper: Callable) -> None:
-    """Adds a wrapper around all others of its kind that are on the model, whichever node came first."""
+def add_outermost(model: ModelPatcher, kind: str, key: str, wrapper: Callable, within: str | None = None) -> None:
+    """Adds a wrapper around all others of its kind that are on the model but `within`'s, whichever node came first."""
     model.add_wrapper_with_key(kind, key, wrapper)
     wrappers = model.wrappers[kind]
-    model.wrappers[kind] = {key: wrappers.pop(key), **wrappers}
+    outer = {name: wrappers.pop(name) for name in (within, key) if name in wrappers}
+    model.wrappers[kind] = {**outer, **wrappers}
 
 
 def noise_latent(model: ModelPatcher, trajectory: Trajectory) -> Tensor:

@@ -22,6 +22,7 @@ from .trajectory import Trajectory
 
 # These take a noise sampler but draw nothing from it at their defaults.
 NOISELESS = {"sample_res_multistep", "sample_res_multistep_cfg_pp"}
+OWN_LATENT = {"sample_unipc": "uni_pc", "sample_sa_solver": "sa_solver"}  # step from another than the model sees
 RANGES = ("start_percent", "end_percent")
 NEGATIVES = "palimpsest.negatives"  # key of Negative Prompt Guidance's wrappers
 # Where nodes stand between a sampler and what the UNet predicts: functions among the model's options, and wrappers.
@@ -69,24 +70,30 @@ def check_latent(model: ModelPatcher, samples: Tensor) -> None:
         raise ValueError("The latent holds NaN or infinite values: check the image and the VAE Encode node before it.")
 
 
-def check_deterministic(sampler: Sampler) -> None:
+def check_deterministic(sampler: Sampler, sigmas: Tensor) -> None:
     """Raises ValueError for samplers that draw fresh noise (ancestral, SDE): no trajectory fits their path."""
-    if not isinstance(sampler, KSAMPLER):
-        return
-    function = sampler.sampler_function
-    parameters = inspect.signature(function).parameters
-    options = sampler.extra_options
-    if "noise_sampler" in parameters and function.__name__ not in NOISELESS:
-        eta = options.get("eta", parameters["eta"].default if "eta" in parameters else 1.0)
-        noisy = eta != 0
-    else:
-        noisy = options.get("s_churn", 0) > 0
-    if noisy:
-        name = function.__name__.removeprefix("sample_")
+    if isinstance(sampler, KSAMPLER) and _draws_noise(sampler, sigmas):
+        name = sampler.sampler_function.__name__.removeprefix("sample_")
         raise ValueError(
             f"The sampler '{name}' adds fresh noise at every step and cannot follow a trajectory: "
             "choose a deterministic one, such as euler, ddim or dpmpp_2m, in the sampler node."
         )
+
+
+def _draws_noise(sampler: KSAMPLER, sigmas: Tensor) -> bool:
+    """Whether fresh noise has a share in its steps along `sigmas`, at its settings."""
+    function = sampler.sampler_function
+    parameters = inspect.signature(function).parameters
+    settings = {name: parameter.default for name, parameter in parameters.items()} | sampler.extra_options
+    if "noise_sampler" not in parameters or function.__name__ in NOISELESS:
+        return settings.get("s_churn", 0) > 0
+    if "tau_func" in parameters:  # SA-Solver: that share at each sigma
+        share = settings["tau_func"]
+        return share is None or any(share(sigma) > 0 for sigma in sigmas[1:].tolist())
+    if "noise_scaler" in parameters:  # ER-SDE, an ODE where this is linear
+        scaler = settings["noise_scaler"]
+        return scaler is None or scaler(2.0) != 2 * scaler(1.0)
+    return settings.get("eta", 1.0) != 0
 
 
 def check_source(conditioning: list) -> None:
@@ -168,7 +175,7 @@ def check_run(
     trajectory: Trajectory, guider: CFGGuider, noise: Tensor, sampler: Sampler, sigmas: Tensor, denoise_mask
 ) -> None:
     """Raises ValueError for a sampling run that cannot follow `trajectory`."""
-    check_deterministic(sampler)
+    check_deterministic(sampler, sigmas)
     check_same_model(guider.model_patcher, trajectory)
     _check_conditionings(guider)
     check_one_gpu(guider.model_patcher)
@@ -370,9 +377,10 @@ def check_stored(layer: Layer, stored: Collection[Layer]) -> None:
 def check_in_place(sampler: Sampler, node: str) -> None:
     """Raises ValueError for samplers that call the model with a copy of their own latent: `node` cannot change it."""
     name = sampler.sampler_function.__name__ if isinstance(sampler, KSAMPLER) else ""
-    if name.startswith("sample_unipc"):
+    found = [shown for start, shown in OWN_LATENT.items() if name.startswith(start)]
+    if found:
         raise ValueError(
-            f"{node} cannot change the latent inside the sampler 'uni_pc': choose euler, ddim or dpmpp_2m."
+            f"{node} cannot change the latent inside the sampler '{found[0]}': choose euler, ddim or dpmpp_2m."
         )
 
 

@@ -29,8 +29,9 @@ def first_noise(
 ) -> Tensor:
     """The noise in x at `sigma` by the network's answer for the noisier `sigma_next`: eps, like x [b, c, h, w].
 
-    The network sees the current latent z at the *next* timestep, as in every public implementation: z' = sqrt(a') x0 +
-    sqrt(1 - a') eps with x0 and eps taken from that one prediction at the current alpha_bar a (2211.09794, eq. 3).
+    The network sees the current latent z at the *next* timestep, as in most public code (pix2pix-zero's asks at z's
+    own): z' = sqrt(a') x0 + sqrt(1 - a') eps with x0 and eps taken from that one prediction at the current alpha_bar a
+    (2211.09794, eq. 3).
     `denoise(x, sigma)` is the host's model, which returns x0; `prediction` is "eps" or "v".
     """
     signal, signal_next = (1 + sigma**2) ** -0.5, (1 + sigma_next**2) ** -0.5  # sqrt(alpha_bar)

@@ -2,8 +2,8 @@
 
 Each of the two is moved by the noise that the network sees in the other, and both are mixed afterwards; every one of
 these operations has an inverse. Which of the two goes first alternates by the step's index in its schedule, in both
-directions counted from the noise, so that odd numbers of steps are exact as well. Sampler space as in ddim.py. Pure
-torch.
+directions counted from the noise: any number of steps is exact, odd ones too. In the authors' code, as exact, only the
+moves alternate, and it is always x that is mixed first. Sampler space as in ddim.py. Pure torch.
 """
 
 from __future__ import annotations

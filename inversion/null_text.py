@@ -16,12 +16,13 @@ from typing import NamedTuple
 import torch
 from comfy.conds import CONDCrossAttn
 from comfy.model_patcher import ModelPatcher
-from comfy.samplers import calc_cond_batch, sampler_object
+from comfy.samplers import sampler_object
 from comfy.utils import repeat_to_batch_size
 from torch import Tensor
 
+from ..host.call import NEGATIVE, POSITIVE, estimate
 from ..host.conditioning import copied
-from ..host.gradients import constant_control, differentiable, gradients
+from ..host.gradients import constant_control, differentiable, gradients, refusing
 from ..host.model import noise_latent
 from ..host.refusals import (
     check_attention,
@@ -108,7 +109,8 @@ class NullTextSampler(OwnSampler):
             self.negatives, self.states = [*kept["negatives"]], [*kept["states"]]
         try:
             while len(self.negatives) < self.pivot.steps:
-                found = self._step(run)
+                with gradients(), refusing(NODE):
+                    found = self._step(run)
                 embedding, x = (tensor.to("cpu", torch.float32) for tensor in found)
                 self.negatives.append(embedding)
                 self.states.append(x)
@@ -126,17 +128,17 @@ class NullTextSampler(OwnSampler):
         positive, negative = (run.guider.conds[name][0] for name in ("positive", "negative"))
         negative = constant_control(negative)
 
-        def denoise(cond: dict) -> Tensor:
+        def denoise(at: int, cond: dict) -> Tensor:
             timestep = x.new_full((len(x),), sigma)
-            return calc_cond_batch(run.guider.inner_model, [[cond]], x, timestep, run.model_options)[0]
+            return estimate(run.guider.inner_model, at, cond, x, timestep, run.model_options)
 
         with torch.no_grad():
-            conditional = denoise(positive)
+            conditional = denoise(POSITIVE, positive)
         calls = 0
 
         def reach(embedding: Tensor) -> Tensor:
             nonlocal calls
-            unconditional = denoise(_with_embedding(negative, embedding))
+            unconditional = denoise(NEGATIVE, _with_embedding(negative, embedding))
             denoised = unconditional + (conditional - unconditional) * settings.cfg
             each = settings.inner_steps + 1
             run.report(i * each + calls, denoised.detach(), x, self.pivot.steps * each)
@@ -220,12 +222,11 @@ def null_text(
         options = {"control": source["control"], **options}  # the host would give it to the first negative only
     embedding = repeat_to_batch_size(embedding.to("cpu", torch.float32), pivot.states.shape[1])
     guidance, sampler = Guidance(pivot.conditioning, start, settings.cfg), NullTextSampler(pivot, embedding, settings)
-    with gradients():
-        working = differentiable(model, checkpointing)
-        if working.model.get_dtype_inference() != torch.float32:
-            working.set_model_compute_dtype(torch.float32)  # gradients of 1e-5 are lost in half precision
-        nothing = torch.zeros(pivot.states.shape[1:])
-        sample(working, guidance, sampler, pivot.sigmas, nothing, nothing, seed=0)
+    working = differentiable(model, checkpointing)
+    if working.model.get_dtype_inference() != torch.float32:
+        working.set_model_compute_dtype(torch.float32)  # gradients of 1e-5 are lost in half precision
+    nothing = torch.zeros(pivot.states.shape[1:])
+    sample(working, guidance, sampler, pivot.sigmas, nothing, nothing, seed=0)
     percent_to_sigma = model.get_model_object("model_sampling").percent_to_sigma
     negative = timed(torch.stack(sampler.negatives), options, pivot.sigmas, percent_to_sigma)
     return negative, pivot._replace(states=torch.stack(sampler.states))

@@ -131,7 +131,7 @@ def record(
     if len(sigmas) < 2:
         raise ValueError("Record Trajectory was given no sigmas: set denoise to 1 in the scheduler node.")
     check_latent(model, samples)
-    check_deterministic(sampler)
+    check_deterministic(sampler, sigmas)
     check_every_call(model, "Record Trajectory")
     schedule = sigmas.cpu()
     states: dict[int, Tensor] = {}

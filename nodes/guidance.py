@@ -7,7 +7,7 @@ from comfy.samplers import CFGGuider
 from comfy_api.latest import io
 
 from ..guidance.negative_prompt import NPI, PRESETS, SCHEDULES, Mixture
-from ..guidance.proximal import Proximal
+from ..guidance.proximal import INVERSION, PULLS, Proximal
 from ..host.guided import attach_rule
 from ..host.negatives import attach_mixture
 from ..host.trajectory import Trajectory
@@ -130,18 +130,29 @@ class ProximalGuidance(io.ComfyNode):
             search_aliases=["proxedit", "proximal", "soft threshold guidance", "background preservation"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with, edited or not."),
-                fraction("quantile", 0.7, "The share of the differences that is dropped. 0 switches this off."),
+                fraction("quantile", 0.4, "The share of the differences that is dropped. 0 switches this off."),
                 sockets.Trajectory.Input(
                     "trajectory", optional=True, tooltip="The source image, to pull what is unchanged back to."
                 ),
-                fraction("pull", 0.1, "How far the unchanged parts go to the source in a step; needs the trajectory."),
+                fraction("pull", 1.0, "How far the unchanged parts go to the source in a step; needs the trajectory."),
                 fraction("pull_start", 0.6, "From where in the run on they are pulled.", advanced=True),
+                io.Combo.Input(
+                    "pull_to",
+                    options=list(PULLS),
+                    default=INVERSION,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "inversion: to the source's own latent at that step. reconstruction: as far as the denoised "
+                        "estimate is from the source image, for a pull of 0.1 or so."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output("model", tooltip="The model for any sampler with a negative prompt.")],
         )
 
     @classmethod
-    def execute(cls, model, quantile, pull, pull_start, trajectory=None) -> io.NodeOutput:
+    def execute(cls, model, quantile, pull, pull_start, trajectory=None, pull_to=INVERSION) -> io.NodeOutput:
         if quantile == 0:
             return io.NodeOutput(model)
-        return io.NodeOutput(attach_rule(model, Proximal(quantile, pull, pull_start), trajectory))
+        return io.NodeOutput(attach_rule(model, Proximal(quantile, pull, pull_start, pull_to), trajectory))

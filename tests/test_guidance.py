@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 
@@ -13,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper
 from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_cfg import CFGNorm, CFGZeroStar
-from comfy_extras.nodes_custom_sampler import CFGOverride, Guider_Basic, Guider_DualCFG
+from comfy_extras.nodes_custom_sampler import CFGOverride, Guider_Basic, Guider_DualCFG, SamplerSASolver
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from comfy_extras.nodes_eps import EpsilonScaling, TemporalScoreRescaling
 from comfy_extras.nodes_freelunch import FreeU_V2
@@ -35,14 +36,16 @@ from palimpsest.attention.p2p import Window
 from palimpsest.attention.pnp import PlugAndPlay
 from palimpsest.guidance.cross_attention import CrossAttentionGuidance
 from palimpsest.guidance.negative_prompt import CONSTANT, EXPONENTIAL, LINEAR, NPI, Mixture
-from palimpsest.guidance.proximal import Proximal
+from palimpsest.guidance.proximal import INVERSION, RECONSTRUCTION, Proximal
 from palimpsest.host.guide import attach_guide
 from palimpsest.host.guided import attach_rule
+from palimpsest.host.model import noise_latent
 from palimpsest.host.negatives import attach_mixture
 from palimpsest.host.schedule import step_of
 from palimpsest.host.source import attach, attach_blend
 from palimpsest.host.timed import timed
 from palimpsest.host.trajectory import Trajectory
+from palimpsest.inversion.replay import invert_edict
 from palimpsest.inversion.run import Guidance, invert
 from palimpsest.nodes.guidance import NegativePromptGuidance, NegativePromptGuider, ProximalGuidance
 from reference import classic_p2p, in_float64, swapped
@@ -51,6 +54,7 @@ from tiny import Tiny, conditioning, execute, rows_of, tiny_model
 
 EMPTY = conditioning(7)
 CFG = 4.0
+PROXIMAL = Proximal(0.4, 1.0, 0.6, INVERSION)
 
 Combine = Callable[[int, Tensor, Callable[[list], Tensor]], Tensor]
 """Takes a step, x and a function from a prompt to its eps at x; returns the eps to step with."""
@@ -186,7 +190,7 @@ def test_a_call_between_or_behind_the_steps_belongs_to_one(tiny: Tiny) -> None:
 
 def test_with_a_trajectory_the_schedule_is_that_of_the_whole_run(tiny: Tiny) -> None:
     model = attach_mixture(tiny.model, EMPTY, Mixture(1.0, LINEAR), tiny.trajectory)
-    model = attach_rule(model, Proximal(0.7, 0.5, 0.6), tiny.trajectory)
+    model = attach_rule(model, Proximal(0.7, 0.5, 0.6, INVERSION), tiny.trajectory)
     halfway = tiny.sample(model, sigmas=tiny.sigmas[:3])
     assert distance(tiny.sample(model, sigmas=tiny.sigmas[2:], noise=halfway), tiny.sample(model)) < 1e-5
 
@@ -233,48 +237,85 @@ def test_refusals(tiny: Tiny) -> None:
 # --- proximal guidance -----------------------------------------------------------------------------------------------
 
 
-def test_proximal_guidance_equals_its_formula(tiny: Tiny) -> None:
-    image = tiny.trajectory.states[-1].double()
+def authors_loop(tiny: Tiny, quantile: float, pull: float, first: int, inversion: bool) -> Tensor:
+    """DDIM in z in float64 as in the authors' code, with a row for the source, whose difference is 0."""
+    _, predict = in_float64(tiny.model)
+    sigmas, states = tiny.sigmas.double(), tiny.trajectory.states.double()
+    signals, noises = (1 + sigmas**2).rsqrt(), sigmas * (1 + sigmas**2).rsqrt()
+    z = states[0] * signals[0]
+    for i in range(tiny.steps):
+        negative = predict(z / signals[i], sigmas[i], tiny.negative, {})
+        difference = predict(z / signals[i], sigmas[i], tiny.target, {}) - negative
+        threshold = torch.stack([torch.zeros_like(difference), difference]).abs().quantile(quantile)
+        difference -= difference.clamp(-threshold, threshold)
+        changed = torch.zeros_like(difference, dtype=torch.bool)
+        for at in (difference.abs() > threshold).nonzero().tolist():
+            row, column = (slice(max(side - 1, 0), side + 2) for side in at[2:])
+            changed[at[0], at[1], row, column] = True
+        way = pull * ~changed if i >= first else 0.0
+        eps = negative + CFG * difference
+        estimate = (z - noises[i] * eps) / signals[i]
+        if not inversion:
+            estimate = estimate - way * (estimate - states[-1])
+        z = signals[i + 1] * estimate + noises[i + 1] * eps
+        if inversion:
+            z = z - way * (z - states[i + 1] * signals[i + 1])
+    return tiny.model.model.process_latent_out(z / signals[-1])
 
-    def combine(step: int, x: Tensor, eps: Callable[[list], Tensor]) -> Tensor:
-        sigma, negative = tiny.sigmas[step].double(), eps(tiny.negative)
-        difference = eps(tiny.target) - negative
-        threshold = difference.abs().flatten().quantile(0.7)
-        kept = torch.where(difference.abs() > threshold, difference - threshold * difference.sign(), 0.0)
-        guided = negative + CFG * kept
-        if step < 3:  # pulled from 0.6 of five steps on
-            return guided
-        changed = torch.zeros_like(kept, dtype=torch.bool)
-        for i, j, k, m in (kept != 0).nonzero():
-            changed[i, j, max(k - 1, 0) : k + 2, max(m - 1, 0) : m + 2] = True
-        denoised = x - sigma * guided
-        denoised = torch.where(changed, denoised, denoised + 0.3 * (image - denoised))
-        return (x - denoised) / sigma
 
-    (model,) = execute(ProximalGuidance, model=tiny.model, trajectory=tiny.trajectory, pull=0.3)
-    assert distance(tiny.sample(model), plain_loop(tiny, combine)) < 1e-4
-    assert distance(tiny.sample(tiny.model), tiny.sample(model)) > 1e-2
+def as_here(quantile: float, values: int) -> float:
+    """The quantile of so many values that, beside as many zeros, is theirs."""
+    return (quantile * (2 * values - 1) - values) / (values - 1)
+
+
+def test_the_authors_quantiles_are_said_right() -> None:
+    assert as_here(0.7, 4 * 64 * 64) == pytest.approx(0.4, abs=1e-4)
+    assert as_here(0.75, 4 * 64 * 64) == pytest.approx(0.5, abs=1e-4)
+
+
+@pytest.mark.parametrize(("towards", "pull"), [(INVERSION, 1.0), (INVERSION, 0.1), (RECONSTRUCTION, 0.1)])
+@pytest.mark.parametrize("sampler", ["euler", "ddim"])
+def test_proximal_guidance_is_the_authors(tiny: Tiny, towards: str, pull: float, sampler: str) -> None:
+    quantile = as_here(0.7, tiny.noise.numel())
+    inputs = {"model": tiny.model, "quantile": quantile, "trajectory": tiny.trajectory}
+    (model,) = execute(ProximalGuidance, **inputs, pull=pull, pull_to=towards)
+    result = tiny.sample(model, sampler=sampler)
+    assert distance(result, authors_loop(tiny, 0.7, pull, 3, towards == INVERSION)) < 1e-4
+    (unpulled,) = execute(ProximalGuidance, **inputs, pull=0.0)
+    assert distance(tiny.sample(unpulled), authors_loop(tiny, 0.7, 0.0, 3, True)) < 1e-4
+    assert distance(result, tiny.sample(unpulled)) > 1e-2
+    assert distance(tiny.sample(tiny.model), tiny.sample(unpulled)) > 1e-2
+
+
+def test_proximal_guidance_has_the_authors_defaults(tiny: Tiny) -> None:
+    """Those of their examples: half of the values are the source's zeros, and all that is unchanged is inverted."""
+    (model,) = execute(ProximalGuidance, model=tiny.model, trajectory=tiny.trajectory)
+    assert torch.equal(tiny.sample(model), tiny.sample(attach_rule(tiny.model, PROXIMAL, tiny.trajectory)))
 
 
 def test_proximal_guidance_at_its_ends(tiny: Tiny) -> None:
     plain = tiny.sample(tiny.model)
     (off,) = execute(ProximalGuidance, model=tiny.model, quantile=0.0)
     assert torch.equal(tiny.sample(off), plain)
-    rule = Proximal(1.0, 1.0, 0.0)
+    rule = Proximal(1.0, 1.0, 0.0, RECONSTRUCTION)
     assert (
         distance(tiny.sample(attach_rule(tiny.model, rule, None)), tiny.sample(tiny.model, tiny.negative, cfg=1.0))
         < 1e-5
     )
-    pulled = attach_rule(tiny.model, rule, tiny.trajectory)
     image = tiny.model.model.process_latent_out(tiny.trajectory.states[-1])
+    assert (
+        distance(tiny.sample(attach_rule(tiny.model, rule._replace(towards=INVERSION), tiny.trajectory)), image) < 1e-5
+    )
     sigmas = torch.cat([tiny.sigmas[:-1], torch.zeros(1)])
+    to_zero = invert(tiny.model, Guidance(tiny.source, None, 1.0), tiny.image, sigmas)
+    pulled = attach_rule(tiny.model, rule, to_zero)
     assert distance(tiny.sample(pulled, sigmas=sigmas), image) < 1e-5
-    assert torch.equal(tiny.sample(pulled, cfg=1.0), tiny.sample(tiny.model, cfg=1.0))
+    assert torch.equal(tiny.sample(pulled, cfg=1.0, sigmas=sigmas), tiny.sample(tiny.model, cfg=1.0, sigmas=sigmas))
 
 
 def test_each_image_of_a_batch_has_its_own_threshold() -> None:
     tiny = Tiny(batch=2)
-    rule = Proximal(0.6, 0.5, 0.0)
+    rule = Proximal(0.6, 0.5, 0.0, INVERSION)
     result = tiny.sample(attach_rule(tiny.model, rule, tiny.trajectory))
     for i in range(2):
         trajectory = tiny.trajectory._replace(states=tiny.trajectory.states[:, i : i + 1])
@@ -282,18 +323,92 @@ def test_each_image_of_a_batch_has_its_own_threshold() -> None:
         assert distance(result[i : i + 1], alone) < 1e-4
 
 
-def test_proximal_guidance_refuses_other_images(tiny: Tiny) -> None:
-    large = torch.zeros(1, 4, 16, 16)
-    other = invert(tiny.model, Guidance(tiny.source, None, 1.0), large, tiny.sigmas)
-    with pytest.raises(ValueError, match=r"Proximal Guidance got a trajectory of shape \[1, 4, 16, 16\]"):
-        tiny.sample(attach_rule(tiny.model, Proximal(0.7, 0.1, 0.0), other))
+def test_a_pull_belongs_to_the_end_of_its_step() -> None:
+    """Before what other nodes do to the next one: gradients, and Local Blend, whose source is exact."""
+    tiny = Tiny(steps=2)
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :, 4:] = 1
+    blend = LocalBlend(None, 0, None, 0.3, 0.3, 0.2, 0, mask, False)
+    parts: dict[str, Callable[[ModelPatcher], ModelPatcher]] = {
+        "proximal": lambda model: attach_rule(model, PROXIMAL._replace(start=0.0), tiny.trajectory),
+        "blend": lambda model: attach_blend(model, tiny.trajectory, blend),
+        "guide": lambda model: attach_guide(model, tiny.trajectory, CrossAttentionGuidance(2.0, 1.0, 64), True),
+    }
+    results = []
+    for order in itertools.permutations(parts):
+        model = tiny.model
+        for name in order:
+            model = parts[name](model)
+        results.append(tiny.sample(model))
+    assert all(torch.equal(result, results[0]) for result in results)
+    image = tiny.model.model.process_latent_out(tiny.trajectory.states[-1])
+    assert torch.equal(results[0][..., :4], image[..., :4])
+    assert distance(tiny.sample(parts["guide"](parts["blend"](tiny.model))), results[0]) > 1e-3
+
+
+def test_every_call_of_a_step_begins_at_its_pulled_state(tiny: Tiny) -> None:
+    """heun asks twice at a sigma, both times where the step before it led to."""
+    seen: list[tuple[float, Tensor]] = []
+
+    def watch(executor, x: Tensor, timestep: Tensor, *args, **kwargs):
+        seen.append((float(timestep[0]), x.clone()))
+        return executor(x, timestep, *args, **kwargs)
+
+    model = attach_rule(tiny.model, Proximal(1.0, 1.0, 0.0, INVERSION), tiny.trajectory)
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test", watch)
+    tiny.sample(model, sampler="heun")
+    assert len(seen) == 2 * tiny.steps
+    for sigma, x in seen:
+        assert distance(x, tiny.trajectory.states[tiny.trajectory.index(sigma)]) < 1e-5
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_calls_that_another_pack_skips_keep_the_last_mask(tiny: Tiny, first: bool) -> None:
+    def skipping(model: ModelPatcher) -> ModelPatcher:
+        kept: list[Tensor] = []
+
+        def skip(executor, *args, **kwargs):
+            if len(kept) != 2:
+                kept.append(executor(*args, **kwargs))
+                return kept[-1]
+            kept.append(kept[-1])
+            return kept[-1]
+
+        model = model.clone()
+        model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "lazy", skip)
+        return model
+
+    def proximal(model: ModelPatcher) -> ModelPatcher:
+        return attach_rule(model, Proximal(1.0, 1.0, 0.0, INVERSION), tiny.trajectory)
+
+    model = proximal(skipping(tiny.model)) if first else skipping(proximal(tiny.model))
+    image = tiny.model.model.process_latent_out(tiny.trajectory.states[-1])
+    assert distance(tiny.sample(model), image) < 1e-5
+
+
+def test_proximal_guidance_refuses_runs_that_do_not_follow_its_trajectory(tiny: Tiny) -> None:
+    model = attach_rule(tiny.model, PROXIMAL, tiny.trajectory)
+    large = invert(tiny.model, Guidance(tiny.source, None, 1.0), torch.zeros(1, 4, 16, 16), tiny.sigmas)
+    with pytest.raises(ValueError, match=r"latent has shape \[1, 4, 8, 8\] but the trajectory's is \[1, 4, 16, 16\]"):
+        tiny.sample(attach_rule(tiny.model, PROXIMAL, large))
+    with pytest.raises(ValueError, match="schedule has sigma"):
+        tiny.sample(model, sigmas=tiny.sigmas * 0.9)
+    for sampler in ("uni_pc", SamplerSASolver.execute(tiny.model, 0, 0.2, 0.8, 1.0, 3, 4, False, False)[0]):
+        with pytest.raises(ValueError, match="Proximal Guidance cannot change the latent inside .* '(uni|sa)_"):
+            tiny.sample(model, sampler=sampler)
+    with pytest.raises(ValueError, match="adds fresh noise"):
+        tiny.sample(model, sampler="euler_ancestral")
     with pytest.raises(ValueError, match="made with another model"):
         execute(ProximalGuidance, model=tiny_model(seed=1), trajectory=tiny.trajectory)
+    trajectory, exact = invert_edict(tiny.model, Guidance(tiny.source, None, 1.0), tiny.image, tiny.sigmas, 0.93)
+    model, noise = attach_rule(tiny.model, PROXIMAL, trajectory), noise_latent(tiny.model, trajectory)
+    with pytest.raises(ValueError, match="Proximal Guidance knows one state of the source a step"):
+        tiny.sample(model, sampler=exact, noise=noise)
 
 
 @pytest.mark.parametrize("found", ["sampler_pre_cfg_function", "Negative Prompt Guidance"])
 def test_models_with_changed_guidance_are_not_inverted(tiny: Tiny, found: str) -> None:
-    proximal = attach_rule(tiny.model, Proximal(0.7, 0.1, 0.0), None)
+    proximal = attach_rule(tiny.model, PROXIMAL, None)
     mixed = attach_mixture(tiny.model, EMPTY, Mixture(0.5, CONSTANT))
     with pytest.raises(ValueError, match=f"carries another node's guidance .*{found}"):
         invert(mixed if "Prompt" in found else proximal, Guidance(tiny.source, None, 1.0), tiny.image, tiny.sigmas)
@@ -349,9 +464,9 @@ def test_a_wrapper_among_the_options_guides_as_one_of_the_model(tiny: Tiny) -> N
 
 
 def test_proximal_guidance_refuses_what_it_cannot_reach(tiny: Tiny) -> None:
-    model = attach_rule(tiny.model, Proximal(0.7, 0.1, 0.0), None)
+    model = attach_rule(tiny.model, PROXIMAL, None)
     with pytest.raises(ValueError, match="already carries a Proximal Guidance"):
-        attach_rule(model, Proximal(0.7, 0.1, 0.0), None)
+        attach_rule(model, PROXIMAL, None)
     guider = Guider_DualCFG(model)
     guider.set_conds(tiny.target, tiny.source, tiny.negative)
     guider.set_cfg(4.0, 2.0)

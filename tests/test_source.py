@@ -11,7 +11,10 @@ import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from comfy.samplers import Sampler
+from comfy_extras.nodes_custom_sampler import SamplerER_SDE, SamplerSASolver
 from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from torch import Tensor
@@ -354,6 +357,33 @@ def test_deterministic_samplers_work(tiny: Tiny, sampler: str) -> None:
 def test_noisy_samplers_are_refused(tiny: Tiny, sampler: str) -> None:
     with pytest.raises(ValueError, match=f"'{sampler}' adds fresh noise"):
         tiny.sample(attach(tiny.model, tiny.trajectory, swap()), sampler=sampler)
+
+
+def sampler(kind: str, model: ModelPatcher) -> Sampler:
+    if kind in comfy.samplers.SAMPLER_NAMES:
+        return comfy.samplers.sampler_object(kind)
+    solver, _, setting = kind.partition(": ")
+    if solver == "ER-SDE":
+        return SamplerER_SDE.execute(*{"ODE": ("ODE", 3, 1, 1), "eta 0": ("Reverse-time SDE", 3, 0, 1)}[setting])[0]
+    eta, start, end = {"eta 0": (0, 0.2, 0.8), "eta 1": (1, 0.2, 0.8), "no steps": (1, 0.8, 0.8)}[setting]
+    return SamplerSASolver.execute(model, eta, start, end, 1.0, 3, 4, False, False)[0]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [name for name in comfy.samplers.SAMPLER_NAMES if name not in ("dpm_2", "dpm_fast", "dpm_adaptive")]
+    + ["ER-SDE: ODE", "ER-SDE: eta 0", "SA-Solver: eta 0", "SA-Solver: eta 1", "SA-Solver: no steps"],
+)
+def test_samplers_are_called_noisy_where_another_seed_gives_another_image(kind: str) -> None:
+    tiny = Tiny(steps=3)
+    chosen = sampler(kind, tiny.model)
+    one, other = (tiny.sample(tiny.model, sampler=chosen, seed=seed) for seed in (0, 1))
+    model = attach(tiny.model, tiny.trajectory, Probe())
+    if torch.equal(one, other):
+        assert (tiny.sample(model, sampler=chosen) - one).norm() < 1e-3 * one.norm()
+    else:
+        with pytest.raises(ValueError, match="adds fresh noise"):
+            tiny.sample(model, sampler=chosen)
 
 
 def test_samplers_that_leave_the_schedule_are_refused(tiny: Tiny) -> None:

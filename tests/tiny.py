@@ -41,19 +41,23 @@ UNET = {
 }
 
 
-class _Config(comfy.supported_models_base.BASE):
+class TinyConfig(comfy.supported_models_base.BASE):
     unet_extra_config = {}
     latent_format = comfy.latent_formats.SD15
+
+    @classmethod
+    def of(cls, prediction: ModelType) -> TinyConfig:
+        config = cls(copy.deepcopy(UNET))
+        config.prediction = prediction
+        config.set_inference_dtype(torch.float32, None)
+        return config
 
     def model_type(self, state_dict: dict, prefix: str = "") -> ModelType:
         return self.prediction
 
 
 def tiny_model(prediction: ModelType = ModelType.EPS, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
-    config = _Config(copy.deepcopy(UNET))
-    config.prediction = prediction
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, device=torch.device("cpu"))
+    model = TinyConfig.of(prediction).get_model({}, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -101,7 +105,7 @@ class Tiny:
     def sample(
         self, model, positive=None, negative=None, cfg: float = 4.0, sampler: str | Sampler = "euler", **changes
     ) -> Tensor:
-        parts = {"noise": self.noise, "sigmas": self.sigmas, "noise_mask": None} | changes
+        parts = {"noise": self.noise, "sigmas": self.sigmas, "noise_mask": None, "seed": 0} | changes
         return comfy.sample.sample_custom(
             model,
             torch.zeros_like(parts["noise"]),
@@ -113,7 +117,7 @@ class Tiny:
             parts["noise"],
             noise_mask=parts["noise_mask"],
             disable_pbar=True,
-            seed=0,
+            seed=parts["seed"],
         )
 
 
