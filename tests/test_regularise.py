@@ -121,9 +121,9 @@ def test_a_batch_equals_its_images_and_runs_repeat_bit_for_bit() -> None:
 
 
 def test_divergence_is_told_from_a_model_that_fails(tiny: Tiny) -> None:
-    settings = Guidance(tiny.source, None, 1.0), 100 * tiny.image, tiny.sigmas
-    with pytest.raises(ValueError, match="diverges on this image with autocorrelation 100 and kl 0: lower autocorrel"):
-        invert(tiny.model, *settings, Refinement(autocorrelation=100.0))
+    settings = Guidance(tiny.source, None, 1.0), tiny.image, tiny.sigmas
+    with pytest.raises(ValueError, match=r"diverges on this image with autocorrelation 1e\+06 and kl 0: lower"):
+        invert(tiny.model, *settings, Refinement(autocorrelation=1e6))
 
     def failing(executor, x: Tensor, *args, **kwargs) -> Tensor:
         return executor(x, *args, **kwargs) * torch.nan

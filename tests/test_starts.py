@@ -150,6 +150,6 @@ def test_what_the_sentences_advise_works(edit: Edit) -> None:
         "DisableNoise": edit.custom_advanced(DisableNoise.execute().result[0]),
         "two halves": edit.halves(),
     }
-    for name, other in others.items():
-        assert (other - edited).norm() < 1e-4 * edited.norm(), name
+    for name, other in others.items():  # that of KSampler Advanced ends at sigma 0, SIGMAS a little before
+        assert (other - edited).norm() < 5e-3 * edited.norm(), name
     assert torch.isfinite(edit.custom("uni_pc")).all()
