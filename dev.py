@@ -54,6 +54,9 @@ HOST_FOLDER = ("vendor", "ComfyUI")
 NOT_FROM_HOST = {"torch", "torchvision", "torchaudio", "comfyui-workflow-templates", "comfyui-embedded-docs"}
 NO_NETWORK = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "ProxyError", "Connection refused")
 
+# Threads of torch that wait for each other sleep: on busy cores a spinning one takes the time of the one awaited.
+SLEEPING = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+
 # A proxy from the environment must not come between this script and its own server.
 LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -82,7 +85,8 @@ class Setup:
 
 
 def clean_environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    own = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    return SLEEPING | own
 
 
 def set_up() -> Setup:

@@ -53,14 +53,25 @@ def readable(pieces: str) -> str:
 
 
 def words(chunks: list[list[str]]) -> Words:
-    """The words of a prompt's token texts, by chunk. A word may go on in the next chunk."""
+    """The words of a prompt's token texts, by chunk. A word may go on in the next chunk.
+
+    The tokenizer ends a word at every digit; here digits in a row are one number ("3 5" too: it reads as "35" does).
+    """
     pieces = tuple(chain.from_iterable(chunks))
     length = len(chunks[0])
     inner = [k * length + i for k, chunk in enumerate(chunks) for i in range(1, chunk.index(END))]
     ends = [n for n, i in enumerate(inner, 1) if pieces[i].endswith("</w>")]
-    tokens = tuple(tuple(inner[first:end]) for first, end in pairwise([0, *ends]))
-    texts = tuple(readable("".join(pieces[i] for i in word)) for word in tokens)
-    return Words(pieces, texts, tokens, length)
+    texts: list[str] = []
+    tokens: list[tuple[int, ...]] = []
+    for word in (tuple(inner[first:end]) for first, end in pairwise([0, *ends])):
+        text = readable("".join(pieces[i] for i in word))
+        if text.isdecimal() and texts and texts[-1].isdecimal():
+            texts[-1] += text
+            tokens[-1] += word
+        else:
+            texts.append(text)
+            tokens.append(word)
+    return Words(pieces, tuple(texts), tuple(tokens), length)
 
 
 def specials(words: Words) -> list[Special]:

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..host.quote import quoted, shortened
 from .alignment import PromptEdit, Words, carry_over, find_words
 
 WINDOW = "lion:0.4 or lion:0.1-0.4"
+LISTED = 400  # signs of the words that are offered: all those of a prompt that fits into one chunk of tokens
 
 
 def split_phrases(text: str) -> list[str]:
@@ -42,7 +44,7 @@ def windows(text: str, edit: PromptEdit, start: float, end: float) -> Tensor:
         ends = [_number(part, where, "word_schedule", WINDOW) for part in numbers.split("-")]
         if len(ends) > 2 or not all(0 <= number <= 1 for number in ends):
             raise ValueError(
-                f"word_schedule of P2P Attention Controller has '{where}', but a schedule is one end or "
+                f"word_schedule of P2P Attention Controller has {quoted(where)}, but a schedule is one end or "
                 f"start-end, fractions from 0 to 1: write for example {WINDOW}."
             )
         window = torch.tensor([0.0, *ends] if len(ends) == 1 else ends, dtype=torch.float64)
@@ -62,8 +64,9 @@ def phrase_columns(phrases: Sequence[str], edit: PromptEdit, node: str) -> tuple
             _mark(target[row, :, m], words, find_words(words, phrase))
         if not source[..., m].any() and not target[..., m].any():
             raise ValueError(
-                f"{node} looks for '{phrase}', but the prompts have the words {_listed(edit.source, *edit.targets)}: "
-                "write words of Prompt Edit's prompts, with commas between them."
+                f"{node} looks for {quoted(phrase)}, but the prompts have the words "
+                f"{_listed(edit.source, *edit.targets)}: write words of Prompt Edit's prompts, with commas between "
+                "them."
             )
     return source, target
 
@@ -90,7 +93,7 @@ def prompt_columns(phrases: Sequence[str], words: Words) -> Tensor:
     spans = [find_words(words, phrase) for phrase in phrases]
     if missing := [phrase for phrase, tokens in zip(phrases, spans, strict=True) if not tokens]:
         raise ValueError(
-            f"Attention Maps looks for '{missing[0]}', but the image's prompt has the words {_listed(words)}: "
+            f"Attention Maps looks for {quoted(missing[0])}, but the image's prompt has the words {_listed(words)}: "
             "write some of them, with commas between them, or leave the field empty."
         )
     columns = [torch.zeros(words.length).index_fill(0, torch.tensor(tokens), 1) for tokens in spans or words.tokens]
@@ -116,7 +119,7 @@ def _numbered(text: str, field: str, example: str) -> list[tuple[str, str]]:
     pairs = [tuple(part.strip() for part in phrase.rpartition(":")[::2]) for phrase in split_phrases(text)]
     if wrong := [number for phrase, number in pairs if not phrase]:
         raise ValueError(
-            f"{field} of P2P Attention Controller has '{wrong[0]}' without a colon: write for example {example}."
+            f"{field} of P2P Attention Controller has {quoted(wrong[0])} without a colon: write for example {example}."
         )
     return pairs
 
@@ -128,8 +131,8 @@ def _number(text: str, where: str, field: str, example: str) -> float:
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(
-            f"{field} of P2P Attention Controller has '{where}', where '{text}' is no number: write for example "
-            f"{example}."
+            f"{field} of P2P Attention Controller has {quoted(where)}, where {quoted(text)} is no number: write for "
+            f"example {example}."
         )
     return number
 
@@ -141,10 +144,10 @@ def _set(table: Tensor, phrase: str, edit: PromptEdit, field: str, value: Tensor
             copy[..., find_words(words, phrase)] = value
     if not any(find_words(words, phrase) for words in edit.targets):
         raise ValueError(
-            f"{field} of P2P Attention Controller names '{phrase}', but the target prompt has the words "
+            f"{field} of P2P Attention Controller names {quoted(phrase)}, but the target prompt has the words "
             f"{_listed(*edit.targets)}: write one of them."
         )
 
 
 def _listed(*prompts: Words) -> str:
-    return " | ".join(dict.fromkeys(text for words in prompts for text in words.texts))
+    return shortened(" | ".join(dict.fromkeys(text for words in prompts for text in words.texts)), LISTED)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..host.quote import quoted
+
 SIZE = 64  # pixels a side
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
@@ -117,7 +119,7 @@ class _CaptionReader:
             return word
         if "" in choices:
             return ""
-        raise ValueError(f"The Demo Scene caption has '{word}' where it needs {what}: {', '.join(choices)}.")
+        raise ValueError(f"The Demo Scene caption has {quoted(word)} where it needs {what}: {', '.join(choices)}.")
 
     def thing(self, layout: random.Random) -> Thing:
         self.take(("a",), "the word")
@@ -143,7 +145,7 @@ class _CaptionReader:
         background = self.take(tuple(BACKGROUNDS), "a background colour")
         self.take(("background",), "the word")
         if self.at < len(self.words):
-            raise ValueError(f"The Demo Scene caption goes on after 'background' with '{self.words[self.at]}'.")
+            raise ValueError(f"The Demo Scene caption goes on after 'background' with {quoted(self.words[self.at])}.")
         return texture, background
 
 

@@ -69,7 +69,7 @@ def attach_rule(model: ModelPatcher, rule: Rule, trajectory: Trajectory | None) 
 
     def outer_sample(executor, noise: Tensor, latent: Tensor, sampler: Sampler, sigmas: Tensor, mask, *args, **kwargs):
         if trajectory is not None:
-            check_run(trajectory, executor.class_obj, noise, sampler, sigmas, mask)
+            check_run(trajectory, executor.class_obj, noise, latent, sampler, sigmas, mask)
             check_in_place(sampler, NODE)
         return executor(noise, latent, sampler, sigmas, mask, *args, **kwargs)
 

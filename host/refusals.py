@@ -16,13 +16,24 @@ from torch import Tensor
 from .alone import ALIKE, apart
 from .layer import Layer
 from .model import identity
-from .sampler import Run
+from .sampler import OwnSampler, Run
 from .shortcuts import cache_on
 from .trajectory import Trajectory
 
 # These take a noise sampler but draw nothing from it at their defaults.
 NOISELESS = {"sample_res_multistep", "sample_res_multistep_cfg_pp"}
 OWN_LATENT = {"sample_unipc": "uni_pc", "sample_sa_solver": "sa_solver"}  # step from another than the model sees
+# KSampler and KSampler Advanced take the last sigma but one out of any schedule for these.
+SHORTENED = {"sample_unipc": "uni_pc", "sample_unipc_bh2": "uni_pc_bh2"}
+SAME = 0.02  # relative distance of two latents that are one, as other hardware computes it
+NOISE_OFF = (
+    "in KSampler Advanced or SamplerCustom with add_noise off (KSampler always adds noise), or in "
+    "SamplerCustomAdvanced with DisableNoise"
+)
+OTHER_START = (
+    "The sampler does not start from the trajectory's own noise: connect the noise latent that came with this "
+    f"trajectory to latent_image, {NOISE_OFF}."
+)
 RANGES = ("start_percent", "end_percent")
 NEGATIVES = "palimpsest.negatives"  # key of Negative Prompt Guidance's wrappers
 # Where nodes stand between a sampler and what the UNet predicts: functions among the model's options, and wrappers.
@@ -171,8 +182,23 @@ def check_plain(conditioning: list, name: str, like: Tensor) -> None:
         )
 
 
+def check_no_mask(latent: dict, node: str) -> None:
+    """Raises ValueError where a LATENT carries a noise mask, for which `node` has no use."""
+    if latent.get("noise_mask") is not None:
+        raise ValueError(
+            f"The latent carries a noise mask, which {node} does not know: remove Set Latent Noise Mask, or encode "
+            "without VAE Encode (for Inpainting), and confine the edit with Local Blend."
+        )
+
+
 def check_run(
-    trajectory: Trajectory, guider: CFGGuider, noise: Tensor, sampler: Sampler, sigmas: Tensor, denoise_mask
+    trajectory: Trajectory,
+    guider: CFGGuider,
+    noise: Tensor,
+    latent: Tensor,
+    sampler: Sampler,
+    sigmas: Tensor,
+    denoise_mask: Tensor | None,
 ) -> None:
     """Raises ValueError for a sampling run that cannot follow `trajectory`."""
     check_deterministic(sampler, sigmas)
@@ -189,12 +215,20 @@ def check_run(
             f"The sampler's latent has shape {list(noise.shape)} but the trajectory's is {list(shape)}: "
             "connect the noise latent that came with this trajectory."
         )
+    own = guider.model_patcher.model.process_latent_in(latent)
+    if noise.any() and not isinstance(sampler, OwnSampler) and _distance(own, trajectory.states[0]) < SAME:
+        raise ValueError(OTHER_START)
+    name = _function_name(sampler)
+    if name == "sample_dpm_2":
+        raise ValueError(
+            "The sampler 'dpm_2' calls the model between the sigmas of its schedule, where a trajectory has no state: "
+            "choose euler, ddim or dpmpp_2m."
+        )
     strangers = [sigma for sigma in sigmas[:-1].tolist() if trajectory.index(sigma) is None]
     if strangers:
         raise ValueError(
             f"The sampler's schedule has sigma {strangers[0]:.4g}, which the trajectory of {trajectory.steps} steps "
-            "lacks: connect the trajectory's SIGMAS to SamplerCustom, or give DDIM Inversion the schedule and steps of "
-            "your KSampler Advanced."
+            f"lacks: {_fitting_schedule(name)}."
         )
 
 
@@ -273,6 +307,34 @@ def check_replay(node: str, trajectory: Trajectory, run: Run) -> None:
         )
 
 
+def _function_name(sampler: Sampler) -> str:
+    return sampler.sampler_function.__name__ if isinstance(sampler, KSAMPLER) else ""
+
+
+def _fitting_schedule(name: str) -> str:
+    """How a sampler of this function gets the schedule of a trajectory."""
+    if name in SHORTENED:
+        return (
+            f"KSampler Advanced takes a sigma out of any schedule for '{SHORTENED[name]}', so choose euler there, or "
+            "connect the trajectory's SIGMAS to SamplerCustom"
+        )
+    return (
+        "connect the trajectory's SIGMAS to SamplerCustom, or give DDIM Inversion the schedule and steps of your "
+        "KSampler Advanced"
+    )
+
+
+def _distance(x: Tensor, other: Tensor) -> float:
+    """Of x [b, c, h, w] from `other` [1 or b, c, h, w], relative to that."""
+    other = other.to(x)
+    return float((x - other).norm() / other.expand_as(x).norm())
+
+
+def _shared(x: Tensor, noise: Tensor) -> float:
+    """How much of `noise` [1 or b, c, h, w] there is in x: near 0 where they have nothing to do with each other."""
+    return float((x * noise).sum() / noise.expand_as(x).square().sum())
+
+
 def _check_conditionings(guider: CFGGuider) -> None:
     positive = guider.conds.get("positive", [])
     if len(positive) != 1:
@@ -295,18 +357,33 @@ def _check_conditionings(guider: CFGGuider) -> None:
             )
 
 
-def check_start(x: Tensor, noise: Tensor, index: int) -> None:
-    """Raises ValueError where a run does not begin at the trajectory's own noise, or brings it to a later step."""
-    distance = float((x - noise).norm() / noise.expand_as(x).norm())
-    if index == 0 and distance > 0.02:
+def check_start(x: Tensor, trajectory: Trajectory, index: int, sigmas: Tensor, adds_noise: bool) -> None:
+    """Raises ValueError where a run along `sigmas` that begins with x at step `index` does not belong to the source.
+
+    At step 0 it begins with the trajectory's own noise, later on with what a run from there has come to.
+    """
+    noise, state = (trajectory.states[i].to(x) for i in (0, index))
+    if index > 0 and _distance(x, noise) < 1e-3:
+        rest = trajectory.sigmas[index : index + len(sigmas)].to(sigmas)
+        if len(rest) < len(sigmas) or not torch.allclose(sigmas[:-1], rest[:-1], rtol=1e-4):
+            raise ValueError(
+                f"The sampler runs {len(sigmas) - 1} steps and the trajectory has {trajectory.steps}, so it starts at "
+                f"the sigma of step {index} but from the noise of step 0: give both the same steps, and set "
+                "start_at_step to 0."
+            )
         raise ValueError(
-            "The sampler does not start from the trajectory's own noise: connect the noise latent that came with this "
-            "trajectory to latent_image, and disable add_noise (use KSampler Advanced or SamplerCustom)."
+            f"The sampler starts at step {index} but from the noise of step 0: start at step 0 (start_at_step 0, "
+            "denoise 1, all of SIGMAS), or connect the latent of a sampler that stopped there."
         )
-    if index > 0 and distance < 1e-3:
+    if _distance(x, state) < SAME:
+        return
+    if index == 0:
+        raise ValueError(OTHER_START)
+    if adds_noise or (trajectory.sigmas[index] >= 1 and _shared(x, state - trajectory.states[-1].to(x)) < 0.25):
         raise ValueError(
-            f"The sampler starts at step {index} but from the noise of step 0: set start_at_step to 0, or connect the "
-            "latent of a sampler that stopped there."
+            f"The sampler starts at step {index} of the trajectory, but not with the noise that the source has there: "
+            "start at step 0 from the noise latent that came with this trajectory, or connect the latent of a sampler "
+            f"that stopped there with leftover noise, {NOISE_OFF}."
         )
 
 
@@ -376,7 +453,7 @@ def check_stored(layer: Layer, stored: Collection[Layer]) -> None:
 
 def check_in_place(sampler: Sampler, node: str) -> None:
     """Raises ValueError for samplers that call the model with a copy of their own latent: `node` cannot change it."""
-    name = sampler.sampler_function.__name__ if isinstance(sampler, KSAMPLER) else ""
+    name = _function_name(sampler)
     found = [shown for start, shown in OWN_LATENT.items() if name.startswith(start)]
     if found:
         raise ValueError(

@@ -118,8 +118,9 @@ def branched(model: ModelPatcher, trajectory: Trajectory) -> tuple[ModelPatcher,
 class _Run:
     """One sampling run: the guider whose processed conditionings tell source and target, and what was measured."""
 
-    def __init__(self, branch: SourceBranch, guider: CFGGuider, images: int) -> None:
+    def __init__(self, branch: SourceBranch, guider: CFGGuider, images: int, sigmas: Tensor, adds_noise: bool) -> None:
         self.branch, self.guider, self.images = branch, guider, images
+        self.sigmas, self.adds_noise = sigmas, adds_noise
         self.started = False
         self.live: set[int] = set()  # the steps at which the source's row took part
         self.maps: dict[int, tuple[Tensor, Tensor]] = {}  # by step: word maps of source and target
@@ -135,12 +136,12 @@ class _Run:
 
         The run has to have begun where the source does.
         """
-        states = self.branch.trajectory.states
-        state = (states[index] if given is None else given).to(x, copy=True)
+        trajectory = self.branch.trajectory
+        state = (trajectory.states[index] if given is None else given).to(x, copy=True)
         check_all_images(x, self.images)
         check_part(x, state)
-        if not self.started:
-            check_start(x, (states[0] if given is None else given).to(x), index)
+        if not self.started and given is None:  # a sampler that gives states has checked its own start
+            check_start(x, trajectory, index, self.sigmas, self.adds_noise)
             self.started = True
         return state
 
@@ -225,7 +226,7 @@ def _outer_sample(
     guider = executor.class_obj
     options = guider.model_options["transformer_options"]  # the host's copy for this run alone
     branch = options[KEY]
-    check_run(branch.trajectory, guider, noise, sampler, sigmas, denoise_mask)
+    check_run(branch.trajectory, guider, noise, latent_image, sampler, sigmas, denoise_mask)
     positive = guider.conds["positive"][0]["cross_attn"]
     for part in (*branch.edits, branch.blend):
         if part is not None:
@@ -234,7 +235,7 @@ def _outer_sample(
         check_in_place(sampler, "Local Blend")
     ((embedding, own),) = branch.trajectory.conditioning
     guider.conds[KEY] = convert_cond([[embedding.to(positive), own]])
-    run = options[RUN] = _Run(branch, guider, len(noise))
+    run = options[RUN] = _Run(branch, guider, len(noise), sigmas, bool(noise.any()))
     try:
         # A copy: uni_pc writes to the schedule that it is given, which the host keeps for the next run.
         result = executor(noise, latent_image, sampler, sigmas.clone(), denoise_mask, *args, **kwargs)

@@ -11,6 +11,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from torch import Tensor, nn
 
 from .layer import Block, Layer
+from .quote import quoted
 
 
 def blocks_with(unet: UNetModel, kind: type[nn.Module]) -> list[Block]:
@@ -93,7 +94,7 @@ def parse_blocks(text: str, valid: list[Block], field: str) -> tuple[Block, ...]
     """
     blocks: list[Block] = []
     for part in filter(None, (part.strip().lower() for part in text.split(","))):
-        match = re.fullmatch(r"(?:(input|output)\s+)?(\d+)(?:\s*-\s*(\d+))?|(middle)", part)
+        match = re.fullmatch(r"(?:(input|output)\s+)?(\d{1,4})(?:\s*-\s*(\d{1,4}))?|(middle)", part)
         if match is None:
             found = []
         elif match[4]:
@@ -101,7 +102,7 @@ def parse_blocks(text: str, valid: list[Block], field: str) -> tuple[Block, ...]
         else:
             found = [(match[1] or "output", n) for n in range(int(match[2]), int(match[3] or match[2]) + 1)]
         if not found or any(block not in valid for block in found):
-            raise ValueError(f"{field} has '{part}', but the blocks to choose from are {named(valid)}.")
+            raise ValueError(f"{field} has {quoted(part)}, but the blocks to choose from are {named(valid)}.")
         blocks += found
     return tuple(dict.fromkeys(blocks))
 

@@ -18,6 +18,7 @@ from .edit_friendly import independent_states, posterior
 from .run import Guidance, as_trajectory, asked_twice, check_inversion, sample
 
 EDIT_FRIENDLY, EDICT = "Edit Friendly Inversion", "EDICT Inversion"
+FARTHEST = 1e12  # where float64, in which the pair is kept, holds no more than four decimals of the image
 
 
 class EditFriendlySampler(OwnSampler):
@@ -119,6 +120,11 @@ class EDICTWalk(OwnSampler):
         self.states.append(image.float())
         for done, (i, sigma, sigma_next) in enumerate(reversed([*run.steps()])):
             self.pair = edict.step_up(self.pair, i, sigma, sigma_next, coupled.noise, self.mixing)
+            if self.pair.x.abs().max() > FARTHEST:
+                raise ValueError(
+                    f"EDICT Inversion drives its copies out of bounds at mixing {self.mixing:g}, in step {done + 1} "
+                    f"of {len(run.sigmas) - 1}: raise mixing (paper: 0.93), or lower steps or strength."
+                )
             self.states.append(self.pair.x.float())
             run.report(done, coupled.denoised, self.pair.x)
         return self.pair.x.to(run.latent)

@@ -60,6 +60,7 @@ class Refinement(NamedTuple):
 
 
 PLAIN = Refinement()
+DIVERGED = 10  # times as large as predicted noise, which is about 1
 
 
 class InversionSampler(OwnSampler):
@@ -74,7 +75,13 @@ class InversionSampler(OwnSampler):
         generator = torch.Generator().manual_seed(0)  # the same shifts whenever the node runs again
 
         def regularise(eps: Tensor) -> Tensor:
-            return regularised(eps, *weights, generator)
+            result = regularised(eps, *weights, generator)
+            if not result.abs().max() < DIVERGED * (1 + eps.abs().max()) and torch.isfinite(eps).all():
+                raise ValueError(
+                    f"DDIM Inversion's regularisation diverges on this image with autocorrelation {weights[0]:g} and "
+                    f"kl {weights[1]:g}: lower autocorrelation, then kl; the paper has 20 for both."
+                )
+            return result
 
         x = run.latent
         self.states.append(x.to("cpu", torch.float32))
@@ -167,7 +174,8 @@ def sample(
     result = guider.sample(noise, samples, sampler, sigmas.clone(), None, callback, quiet, seed)  # some write to them
     if not torch.isfinite(result).all():
         raise ValueError(
-            "Sampling ended in NaN or infinite values: load the MODEL in fp32 or bf16 (weight_dtype), or lower cfg."
+            "Sampling ended in NaN or infinite values: load the MODEL in fp32 or bf16 (weight_dtype)"
+            + (", or lower cfg." if guidance.cfg > 1 else ".")
         )
     return result.to(comfy.model_management.intermediate_device())
 

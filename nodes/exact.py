@@ -7,6 +7,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..host.refusals import check_no_mask
 from ..host.trajectory import Trajectory
 from ..inversion.ddim import leading_sigmas
 from ..inversion.replay import invert_edict, invert_edit_friendly
@@ -93,6 +94,7 @@ class EditFriendlyInversion(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, source, image, steps, cfg, skip, seed, negative=None, eta=1.0) -> io.NodeOutput:
+        check_no_mask(image, "Edit Friendly Inversion")
         skipped = round(skip * steps)
         if skipped == steps:
             raise ValueError(f"Edit Friendly Inversion leaves out all {steps} steps at skip {skip:g}: lower skip.")
@@ -134,6 +136,7 @@ class EDICTInversion(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, source, image, steps, cfg, strength, negative=None, mixing=0.93) -> io.NodeOutput:
+        check_no_mask(image, "EDICT Inversion")
         skipped = steps - round(strength * steps)
         if skipped == steps:
             raise ValueError(f"EDICT Inversion runs none of {steps} steps at strength {strength:g}: raise strength.")

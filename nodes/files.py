@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import folder_paths
+
+from ..host.quote import quoted
 
 
 def listed() -> list[str]:
@@ -28,18 +31,17 @@ def text(file: str, node: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{node} cannot read '{file}': save it as UTF-8 text.") from error
+        raise ValueError(f"{node} cannot read {quoted(file)}: save it as UTF-8 text.") from error
 
 
 def existing(file: str, node: str) -> Path:
     """The path of a listed file. Raises ValueError for one that is missing or outside the host's folders."""
     name, root = folder_paths.annotated_filepath(file)
-    root = Path(root or folder_paths.get_input_directory()).resolve()
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
-        raise ValueError(f"{node} may not read '{file}': choose a file inside the input or output folder.")
-    if not path.is_file():
-        raise ValueError(f"{node} finds no file '{file}': choose one from its list.")
+    path = _within(Path(root or folder_paths.get_input_directory()), name)
+    if path is None:
+        raise ValueError(f"{node} may not read {quoted(file)}: choose a file inside the input or output folder.")
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        raise ValueError(f"{node} finds no file {quoted(file)}: choose one from its list.")
     return path
 
 
@@ -59,10 +61,28 @@ def version(file: str, node: str) -> str:
 
 
 def fresh(prefix: str, node: str) -> tuple[Path, str]:
-    """A new numbered safetensors path in the output folder, and how the host shows it. Raises ValueError outside."""
+    """A new numbered safetensors path in the output folder, and how the host shows it.
+
+    Raises ValueError outside, and where the folder cannot be made.
+    """
     root = Path(folder_paths.get_output_directory()).resolve()
-    if not (root / prefix).resolve().is_relative_to(root):
-        raise ValueError(f"{node} may not write to '{prefix}': choose a name in the output folder.")
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, str(root))
+    if _within(root, prefix) is None:
+        raise ValueError(f"{node} may not write to {quoted(prefix)}: choose a name in the output folder.")
+    try:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, str(root))
+    except OSError as error:
+        raise ValueError(
+            f"{node} cannot make the folder of {quoted(prefix)} ({error.strerror}): choose another filename_prefix."
+        ) from error
     file = f"{name}_{counter:05}_.safetensors"
     return Path(folder) / file, str(Path(subfolder) / file)
+
+
+def _within(root: Path, name: str) -> Path | None:
+    """The path of a name in a folder, None where it leads out of it."""
+    root = root.resolve()
+    try:
+        path = (root / name).resolve()
+    except ValueError:  # the name holds a zero byte
+        return None
+    return path if path.is_relative_to(root) else None

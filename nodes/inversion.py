@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..host.model import noise_latent
+from ..host.refusals import check_no_mask
 from ..inversion.ddim import leading_sigmas
 from ..inversion.run import Guidance, Refinement, invert, record
 from . import sockets
@@ -119,6 +120,7 @@ class DDIMInversion(io.ComfyNode):
         autocorrelation=0.0,
         kl=0.0,
     ) -> io.NodeOutput:
+        check_no_mask(image, "DDIM Inversion")
         model_sampling = model.get_model_object("model_sampling")
         if schedule == LEADING:
             sigmas = leading_sigmas(model_sampling.sigmas.cpu(), steps)
@@ -181,6 +183,7 @@ class RecordTrajectory(io.ComfyNode):
     def execute(
         cls, model, add_noise, noise_seed, cfg, positive, negative, sampler, sigmas, latent_image
     ) -> io.NodeOutput:
+        check_no_mask(latent_image, "Record Trajectory")
         samples = comfy.sample.fix_empty_latent_channels(
             model, latent_image["samples"], latent_image.get("downscale_ratio_spacial")
         )

@@ -8,6 +8,7 @@ from ..attention import alignment_picture
 from ..attention.alignment import ALIGNMENTS, carry_over, join, resolve, same_prompt
 from ..attention.alignment import PromptEdit as Edit
 from ..host.conditioning import copied
+from ..host.quote import shortened
 from ..host.tokens import prompt_words
 from . import sockets
 
@@ -117,7 +118,8 @@ class BatchPromptEdits(io.ComfyNode):
             if not same_prompt(edit.embeddings[0], edits[0].embeddings[0]):
                 raise ValueError(
                     f"Batch Prompt Edits joins edits of one source prompt, but that of {name} "
-                    f"({' '.join(edit.source.texts)}) is not the first one's ({' '.join(edits[0].source.texts)}): "
+                    f"({shortened(' '.join(edit.source.texts))}) is not the first one's "
+                    f"({shortened(' '.join(edits[0].source.texts))}): "
                     "give every Prompt Edit the same CLIP and source_prompt."
                 )
         edit = join(edits)

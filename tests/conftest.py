@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +12,7 @@ from in_host import prepare
 
 prepare()
 
+import comfy.model_management  # noqa: E402
 import torch  # noqa: E402
 
 from host_server import HostServer  # noqa: E402
@@ -17,10 +20,26 @@ from palimpsest.demo import model as demo_model  # noqa: E402
 from tiny import Tiny  # noqa: E402
 
 
+def pytest_configure() -> None:
+    """A run that is told to end takes down its fixtures first: a server would outlive it."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _: pytest.exit("told to end", 128 + number))
+
+
 @pytest.fixture(autouse=True)
 def _inference_mode() -> Iterator[None]:
     with torch.inference_mode():  # as the host does around every node
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _empty_handed() -> Iterator[None]:
+    """What the tests of a file loaded does not stay in memory during those of the next."""
+    yield
+    comfy.model_management.unload_all_models()
+    comfy.model_management.cleanup_models()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -81,6 +81,14 @@ def test_words_are_readable_in_any_script() -> None:
 
 
 @each_clip
+def test_digits_in_a_row_are_one_number(clip: Clip) -> None:
+    read = clip.read("(35:1.2)mm, f/1.8, 1990s ٣٥ x²")
+    assert read.texts == ("35", "mm", ",", "f", "/", "1", ".", "8", ",", "1990", "s", "٣٥", "x", "²")
+    assert read.tokens[:3] == ((1, 2), (3,), (4,))
+    assert read.tokens[9] == (11, 12, 13, 14)
+
+
+@each_clip
 def test_a_typed_end_token_does_not_end_the_prompt(clip: Clip) -> None:
     assert clip.read("a <|endoftext|> cat").texts == ("a", "<|endoftext|>", "cat")
 
@@ -157,6 +165,9 @@ def test_an_embedding_is_a_word(tokenizer: type, embedding_folder: str) -> None:
         ("a carpet", "car pet", ()),
         ("a cat, red", ",", (3,)),
         ("a naïve CAT", "Naïve", (2, 3, 4)),
+        ("a 35mm photo", "35mm", (2, 3, 4)),
+        ("a 35mm photo", "35", (2, 3)),
+        ("a 35mm photo", "5", ()),
         ("a cat", "dog", ()),
         ("a cat", "", ()),
         ("a cat", " , ", ()),
@@ -203,6 +214,10 @@ def test_align(source: str, target: str, pairs: list[tuple[int, int]]) -> None:
         ("red dog blue dog", "red cat red dog", "swap"),
         ("a small dog and a cat", "a cat and a small dog", "refine"),
         ("cat " * 80 + "sits", "cat " * 80 + "runs", "swap"),
+        ("a 35mm photo", "a 50mm photo", "swap"),
+        ("a 1990s car", "an 80s car", "swap"),
+        ("100% cotton", "5% cotton", "swap"),
+        ("a 35mm photo", "a photo", "refine"),
     ],
 )
 def test_auto(source: str, target: str, alignment: str) -> None:

@@ -138,6 +138,8 @@ def test_the_node_runs_a_part_and_refuses_in_a_sentence(tiny: Tiny) -> None:
         execute(EDICTInversion, **parts, steps=10, strength=0.04)
     with pytest.raises(ValueError, match="EDICT Inversion at cfg 3 needs the negative input"):
         execute(EDICTInversion, **parts | {"negative": None}, steps=10)
+    with pytest.raises(ValueError, match="out of bounds at mixing 0.5, in step .* of 40: raise mixing"):
+        execute(EDICTInversion, **parts, steps=50, mixing=0.5)
 
 
 def test_what_knows_one_state_a_step_is_refused(tiny: Tiny) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from palimpsest.inversion.regularise import autocorrelation, divergence, random_shifts, regularised
@@ -117,6 +118,23 @@ def test_a_batch_equals_its_images_and_runs_repeat_bit_for_bit() -> None:
     for i in range(2):
         alone = invert(both.model, settings[0], both.image[i : i + 1], *settings[2:]).states
         assert (states[:, i : i + 1] - alone).norm() < 1e-4 * alone.norm()
+
+
+def test_divergence_is_told_from_a_model_that_fails(tiny: Tiny) -> None:
+    settings = Guidance(tiny.source, None, 1.0), tiny.image, tiny.sigmas
+    with pytest.raises(ValueError, match=r"diverges on this image with autocorrelation 1e\+06 and kl 0: lower"):
+        invert(tiny.model, *settings, Refinement(autocorrelation=1e6))
+
+    def failing(executor, x: Tensor, *args, **kwargs) -> Tensor:
+        return executor(x, *args, **kwargs) * torch.nan
+
+    model = tiny.model.clone()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test.failing", failing)
+    for weight in (0.0, 20.0):
+        with pytest.raises(ValueError, match=r"NaN or infinite values: load .* \(weight_dtype\)\."):
+            invert(model, *settings, Refinement(autocorrelation=weight))
+    with pytest.raises(ValueError, match=r"\(weight_dtype\), or lower cfg\."):
+        invert(model, Guidance(tiny.source, tiny.negative, 3.0), *settings[1:])
 
 
 def test_the_node_hands_its_weights_on(tiny: Tiny) -> None:

@@ -60,6 +60,28 @@ def test_listed_files_load_and_others_are_refused(tiny: Tiny, folders: Path) -> 
         with pytest.raises(ValueError, match="may not write to"):
             SaveTrajectory.execute(tiny.trajectory, escape)
     assert "finds no file 'none.safetensors'" in LoadTrajectory.validate_inputs("none.safetensors")
+    assert "may not read 'a zero'" in LoadTrajectory.validate_inputs("a\0zero")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "sentence"),
+    [
+        ("x" * 300, r"Save Trajectory cannot write 'x{60}…' \(.*File name too long.*\): check filename_prefix"),
+        (
+            "x" * 300 + "/y",
+            r"Save Trajectory cannot make the folder of 'x{60}…' \(File name too long\): choose another",
+        ),
+        ("/" + "y" * 3000, "Save Trajectory may not write to '/y{59}…': choose a name"),
+        ("a\0zero", "Save Trajectory may not write to 'a zero': choose a name"),
+    ],
+)
+def test_impossible_names_are_refused_in_a_sentence(tiny: Tiny, folders: Path, prefix: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        SaveTrajectory.execute(tiny.trajectory, prefix)
+    assert not list(folders.rglob("*.*"))
+    assert LoadTrajectory.validate_inputs("x" * 300) == (
+        f"Load Trajectory finds no file '{'x' * 60}…': choose one from its list."
+    )
 
 
 def test_damaged_files_are_refused_in_a_sentence(tiny: Tiny, tmp_path: Path) -> None:
