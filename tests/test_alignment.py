@@ -477,7 +477,7 @@ def test_batch_prompt_edits_joins_in_order() -> None:
     names = [f"prompt_edit_{k}" for k in (1, 2, 3)]
     conditioning, edit = BatchPromptEdits.execute(dict(zip(names, parts, strict=True))).result
     ((embeddings, options),) = conditioning
-    assert embeddings is edit.embeddings[1]
+    assert torch.equal(embeddings, edit.embeddings[1])
     assert [target.texts for target in edit.targets] == [SD1.read(target).texts for target in TARGETS]
     for k, part in enumerate(parts):
         assert torch.equal(options["pooled_output"][k], part.pooled[0])
