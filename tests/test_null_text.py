@@ -246,7 +246,7 @@ def test_all_that_the_prompt_carries_is_kept(tiny: Tiny) -> None:
     pooled = torch.randn(1, 8)
     empty = [[tiny.negative[0][0], {"pooled_output": pooled, "width": 64}]]
     negative, _ = null_text(tiny.model, tiny.trajectory, empty, QUICK, True)
-    assert all(options["pooled_output"] is pooled and options["width"] == 64 for _, options in negative)
+    assert all(torch.equal(options["pooled_output"], pooled) and options["width"] == 64 for _, options in negative)
     assert (negative[0][1]["start_percent"], negative[-1][1]["end_percent"]) == (0.0, 1.0)
 
 
