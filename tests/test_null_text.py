@@ -366,7 +366,7 @@ def interrupted(temp: Path) -> Tiny:
     """In the third of its four steps."""
     tiny = Tiny(steps=4)
     with pytest.raises(InterruptProcessingException):
-        null_text(stopping(tiny.model, 1 + 2 * EACH + 2), tiny.trajectory, tiny.negative, QUICK, True)
+        null_text(stopping(tiny.model, BEFORE + 2 * EACH + 2), tiny.trajectory, tiny.negative, QUICK, True)
     assert len(list(temp.iterdir())) == 1
     return tiny
 
@@ -416,7 +416,7 @@ def test_an_interrupt_stays_one_where_nothing_can_be_kept(
     tiny: Tiny, no_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(InterruptProcessingException):
-        null_text(stopping(tiny.model, 1 + EACH), tiny.trajectory, tiny.negative, QUICK, True)
+        null_text(stopping(tiny.model, BEFORE + EACH), tiny.trajectory, tiny.negative, QUICK, True)
     assert "cannot keep the finished steps" in caplog.text
 
 
