@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from palimpsest.demo.next import edits, scenes
 from palimpsest.demo.next.captions import demo_captions
 from palimpsest.demo.next.drawing import COLORS
-from palimpsest.demo.next.next import edits, scenes
 
 SEEDS = st.integers(0, 2**32 - 1)
 SCENES = st.builds(lambda seed, pair: scenes.sample(random.Random(seed), pair), SEEDS, st.booleans())
