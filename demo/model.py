@@ -1,8 +1,8 @@
 """The embedded demo model in the host's own classes: an SD1.5-like UNet, a CLIP text encoder and an autoencoder.
 
-The UNet and the text encoder are laid out as SD1.5's are, only smaller. Latents are one orthonormal Haar level of the
-half-size picture (12 channels, 1/4 of the side), so encoding is exact and linear; the decoder, the host's KL decoder,
-draws the full-size picture from them. One fp16 safetensors file holds all three.
+The UNet and the text encoder are laid out as SD1.5's are, only smaller; the UNet predicts v. Latents are the principal
+components of 8 x 8 patches, so encoding is linear and in closed form; a small decoder adds to their linear inverse what
+they leave out. One fp16 safetensors file holds all of it.
 """
 
 from __future__ import annotations
@@ -11,24 +11,27 @@ import copy
 from pathlib import Path
 
 import comfy.latent_formats
+import comfy.model_base
 import comfy.model_management
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
 import comfy.utils
 import torch
-from comfy.ldm.modules.diffusionmodules.model import Decoder
 from comfy.model_patcher import ModelPatcher
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate
 
 WEIGHTS = Path(__file__).parent / "demo-model.safetensors"
 
+SIZE = 128  # pixels a side
+PATCH = 8  # pixels a side that one latent position stands for
+CHANNELS = 16
+
 UNET = {
-    "image_size": 16,
-    "in_channels": 12,
-    "out_channels": 12,
+    "image_size": SIZE // PATCH,
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
     "model_channels": 64,
     "channel_mult": [1, 2],
     "num_res_blocks": [2, 2],
@@ -39,13 +42,13 @@ UNET = {
     "transformer_depth": [1, 1, 1, 1],
     "transformer_depth_output": [1] * 6,
     "transformer_depth_middle": 1,
-    "context_dim": 64,
+    "context_dim": 128,
     "adm_in_channels": None,
     "legacy": False,
 }
 TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 512,
     "num_attention_heads": 4,
     "num_hidden_layers": 2,
     "num_layers": 2,
@@ -53,67 +56,94 @@ TEXT = {
     "max_position_embeddings": 77,
     "eos_token_id": 49407,
 }
-DECODER = {
-    "ch": 32,
-    "out_ch": 3,
-    "ch_mult": [1, 2, 3],
-    "num_res_blocks": 1,
-    "attn_resolutions": [],
-    "in_channels": 3,
-    "resolution": 64,
-    "z_channels": 12,
-}
-# Each latent channel is (coefficient - mean) * scale: colours red, green, blue, and of each the bands LL, LH, HL, HH.
-LATENT_MEAN = (1.3997, 0, 0, 0, 1.2602, 0, 0, 0, 1.0026, 0, 0, 0)
-LATENT_SCALE = (0.5496, 3.1037, 3.1037, 3.1037) * 3
+DECODER_WIDTHS = (128, 64, 32)  # at 1/8, 1/4 and 1/2 of the picture's side
 
 
 class Autoencoder(nn.Module):
-    """Pixels [b, 3, H, W] in [-1, 1] to latents [b, 12, H/4, W/4] and back."""
+    """Pixels [b, 3, 128, 128] in [-1, 1] to latents [b, 16, 16, 16] and back.
+
+    `basis` [16, 192] holds the patch that each channel adds to the mean patch; encoding is its pseudo-inverse.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.decoder = Decoder(**DECODER)
+        patch = 3 * PATCH**2
+        self.register_buffer("mean", torch.zeros(patch))
+        self.register_buffer("basis", torch.eye(CHANNELS, patch))
+        self.decoder = decoder()
 
     def encode(self, pixels: Tensor) -> Tensor:
-        a, b, c, d = rearrange(avg_pool2d(pixels, 2), "b c (h i) (w j) -> (i j) b c h w", i=2, j=2)
-        bands = torch.stack((a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d), 2)
-        coefficients = rearrange(bands, "b c k h w -> b (c k) h w")
-        return (coefficients - _per_channel(coefficients, LATENT_MEAN)) * _per_channel(coefficients, LATENT_SCALE)
+        height, width = pixels.shape[-2:]
+        if (height, width) != (SIZE, SIZE):
+            raise ValueError(
+                f"The demo model takes pictures of {SIZE} x {SIZE} pixels, not {width} x {height}: scale or crop the "
+                "image before VAE Encode."
+            )
+        patches = rearrange(pixels, "b c (h i) (w j) -> b h w (c i j)", i=PATCH, j=PATCH)
+        return ((patches - self.mean) @ torch.linalg.pinv(self.basis)).movedim(-1, 1)
 
     def decode(self, latent: Tensor) -> Tensor:
-        return interpolate(self.half_size(latent), scale_factor=2, mode="bilinear") + self.decoder(latent)
+        side = SIZE // PATCH
+        if latent.shape[1:] != (CHANNELS, side, side):
+            channels, height, width = latent.shape[1:]
+            raise ValueError(
+                f"The demo model's VAE decodes latents of {CHANNELS} channels and {side} x {side}, not of {channels} "
+                f"channels and {width} x {height}: connect the VAE of the model that made the latent, and give Load "
+                f"Demo Model's pictures of {SIZE} x {SIZE} pixels."
+            )
+        return self.linear(latent) + self.decoder(latent)
 
-    def half_size(self, latent: Tensor) -> Tensor:
-        """The half-size picture [b, 3, H/2, W/2] that `encode` saw: its exact inverse."""
-        coefficients = latent / _per_channel(latent, LATENT_SCALE) + _per_channel(latent, LATENT_MEAN)
-        s, x, y, xy = rearrange(coefficients, "b (c k) h w -> k b c h w", k=4) / 4
-        corners = torch.stack((s + x + y + xy, s - x + y - xy, s + x - y - xy, s - x - y + xy))
-        return rearrange(corners, "(i j) b c h w -> b c (h i) (w j)", i=2, j=2)
+    def linear(self, latent: Tensor) -> Tensor:
+        """The picture as far as the latent tells it: `encode` takes it back to the very same latent."""
+        patches = latent.movedim(1, -1) @ self.basis + self.mean
+        return rearrange(patches, "b h w (c i j) -> b c (h i) (w j)", i=PATCH, j=PATCH)
 
 
-def _per_channel(like: Tensor, values: tuple[float, ...]) -> Tensor:
-    return like.new_tensor(values).view(1, -1, 1, 1)
+def decoder() -> nn.Sequential:
+    """What the linear decoding lacks: residual blocks at growing size, the last doubling without any."""
+    layers, width = [], CHANNELS
+    for next_width in DECODER_WIDTHS:
+        if layers:
+            layers += [nn.Conv2d(width, 4 * next_width, 3, padding=1), nn.PixelShuffle(2)]
+        else:
+            layers += [nn.Conv2d(width, next_width, 3, padding=1)]
+        layers += [_Residual(next_width), _Residual(next_width)]
+        width = next_width
+    layers += [nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, 3 * 4, 3, padding=1), nn.PixelShuffle(2)]
+    return nn.Sequential(*layers)
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layers = [(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)) for _ in range(2)]
+        self.layers = nn.Sequential(*layers[0], *layers[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
 
 
 class LatentFormat(comfy.latent_formats.LatentFormat):
-    latent_channels = UNET["in_channels"]
-    spacial_downscale_ratio = 4
-    # The previews' linear guess at the colours: each colour's own LL band, undone as in `Autoencoder.half_size`.
-    latent_rgb_factors = (
-        torch.eye(3)
-        .repeat_interleave(4, 0)
-        .mul(torch.tensor((1.0, 0, 0, 0) * 3)[:, None])
-        .div(4 * LATENT_SCALE[0])
-        .tolist()
-    )
-    latent_rgb_factors_bias = [mean / 4 for mean in LATENT_MEAN[::4]]
+    """Latents as the autoencoder makes them; previews show the mean colour of every patch, which is linear in them."""
+
+    latent_channels = CHANNELS
+    spacial_downscale_ratio = PATCH
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        self.latent_rgb_factors = autoencoder.basis.unflatten(1, (3, -1)).mean(-1).tolist()
+        self.latent_rgb_factors_bias = autoencoder.mean.unflatten(0, (3, -1)).mean(-1).tolist()
 
 
 class ModelConfig(comfy.supported_models_base.BASE):
     unet_extra_config = {}  # the host's default would overrule the attention heads of UNET
-    latent_format = LatentFormat
     memory_usage_factor = 1.0
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__(copy.deepcopy(UNET))
+        self.latent_format = LatentFormat(autoencoder)
+
+    def model_type(self, state_dict: dict[str, Tensor], prefix: str = "") -> comfy.model_base.ModelType:
+        return comfy.model_base.ModelType.V_PREDICTION
 
     def inpaint_model(self) -> bool:
         return False
@@ -122,15 +152,17 @@ class ModelConfig(comfy.supported_models_base.BASE):
 def load(path: Path = WEIGHTS) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     """The model, its text encoder and its autoencoder as the host's objects, in fp32."""
     weights = comfy.utils.load_torch_file(str(path), safe_load=True)
-    return _load_unet(weights), _load_clip(weights), _load_vae(weights)
+    autoencoder = Autoencoder().eval().requires_grad_(False)
+    autoencoder.load_state_dict(_part(weights, "vae."))
+    return _load_unet(weights, autoencoder), _load_clip(weights), _load_vae(autoencoder)
 
 
 def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value.float() for key, value in weights.items() if key.startswith(prefix)}
 
 
-def _load_unet(weights: dict[str, Tensor]) -> ModelPatcher:
-    config = ModelConfig(copy.deepcopy(UNET))
+def _load_unet(weights: dict[str, Tensor], autoencoder: Autoencoder) -> ModelPatcher:
+    config = ModelConfig(autoencoder)
     config.set_inference_dtype(torch.float32, None)
     offload_device = comfy.model_management.unet_offload_device()
     model = config.get_model(weights, device=offload_device)
@@ -151,14 +183,12 @@ def _load_clip(weights: dict[str, Tensor]) -> comfy.sd.CLIP:
     return clip
 
 
-def _load_vae(weights: dict[str, Tensor]) -> comfy.sd.VAE:
+def _load_vae(autoencoder: Autoencoder) -> comfy.sd.VAE:
     """The host's VAE object around our autoencoder: it starts as the host's pixel-space one, then changes its model."""
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
-    autoencoder = Autoencoder().eval().requires_grad_(False)
-    autoencoder.load_state_dict(_part(weights, "vae."))
     vae.first_stage_model = autoencoder
-    vae.latent_channels = LatentFormat.latent_channels
-    vae.downscale_ratio = vae.upscale_ratio = LatentFormat.spacial_downscale_ratio
+    vae.latent_channels = CHANNELS
+    vae.downscale_ratio = vae.upscale_ratio = PATCH
     vae.vae_dtype = torch.float32
     vae.patcher = ModelPatcher(autoencoder, vae.device, comfy.model_management.vae_offload_device())
     return vae

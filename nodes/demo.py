@@ -16,14 +16,14 @@ class LoadDemoModel(io.ComfyNode):
             display_name="Load Demo Model",
             category="Palimpsest/demo",
             description=(
-                "A small model that comes with the pack. It draws one or two coloured shapes on a background, 64 x 64 "
-                "pixels, from captions such as 'a small red star next to a blue circle on a striped green background'."
+                "A small model that comes with the pack. It draws one or two everyday things at a place, 128 x 128 "
+                "pixels, from captions such as 'a photo of a red cat with a hat next to a house in the snow at sunset'."
             ),
             search_aliases=["demo checkpoint", "toy model", "tiny model", "test model"],
             outputs=[
                 io.Model.Output("model", tooltip="The diffusion model, laid out like SD1.5's, only smaller."),
                 io.Clip.Output("clip", tooltip="Its text encoder. It knows the words of Demo Scene captions only."),
-                io.Vae.Output("vae", tooltip="Its autoencoder, 64 x 64 pixels to 16 x 16 latents."),
+                io.Vae.Output("vae", tooltip="Its autoencoder, 128 x 128 pixels to 16 x 16 latents."),
             ],
         )
 
@@ -35,10 +35,18 @@ class LoadDemoModel(io.ComfyNode):
 class DemoScene(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        words = (
-            f"Shapes: {', '.join(scenes.SHAPES)}. Colours: {', '.join(scenes.COLORS)}. Sizes: small, large. "
-            f"Textures: striped, checkered. Backgrounds: {', '.join(scenes.BACKGROUNDS)}."
-        )
+        listed = {
+            "Styles": scenes.STYLES,
+            "Sizes": filter(None, scenes.SIZES),
+            "Poses of cat, dog, rabbit and sheep": scenes.POSES,
+            "Colours": scenes.COLORS,
+            "Materials, instead of a colour": scenes.MATERIALS,
+            "Things": scenes.KINDS,
+            "Parts": ["facing left", "facing right", *scenes.EXTRAS],
+            "Places": scenes.PLACES.values(),
+            "Times": filter(None, scenes.TIMES),
+        }
+        words = " ".join(f"{what}: {', '.join(choices)}." for what, choices in listed.items())
         return io.Schema(
             node_id="PalimpsestDemoScene",
             display_name="Demo Scene",
@@ -51,13 +59,16 @@ class DemoScene(io.ComfyNode):
             inputs=[
                 io.String.Input(
                     "caption",
-                    default="a red circle on a blue background",
-                    tooltip=f"'a [size] colour shape [next to|above a ...] on a [texture] colour background'. {words}",
+                    default="a photo of a cat on a meadow",
+                    tooltip=(
+                        "'style a [size] [pose] [colour or material] thing [part] [next to|in front of a ...] place "
+                        f"[time]'. {words} Help has captions to try."
+                    ),
                 ),
                 io.String.Input(
                     "edited_caption",
-                    default="a red star on a blue background",
-                    tooltip="The caption with some words swapped. The layout stays that of the first.",
+                    default="a photo of a dog on a meadow",
+                    tooltip="The caption with words swapped, added or left out. The layout stays that of the first.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -65,11 +76,11 @@ class DemoScene(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Where the things stand, and their exact size.",
+                    tooltip="Where the things stand, their exact size, and from where the place is seen.",
                 ),
             ],
             outputs=[
-                io.Image.Output("image", tooltip="The scene of the caption, 64 x 64 pixels."),
+                io.Image.Output("image", tooltip="The scene of the caption, 128 x 128 pixels."),
                 io.String.Output("source_prompt", tooltip="The caption, for Prompt Edit."),
                 io.String.Output("target_prompt", tooltip="The edited caption, for Prompt Edit."),
                 io.Image.Output("answer", tooltip="The scene of the edited caption: what a perfect edit gives."),

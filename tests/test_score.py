@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from palimpsest.demo.next import edits, scenes, score
+from palimpsest.demo import edits, scenes, score
 
 WORD = {"object": "thing", "add": "extra", "delete": "extra", "content": "extra", "colour": "look", "material": "look"}
 
