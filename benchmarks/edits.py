@@ -1,16 +1,17 @@
 """Edits of random demo scenes against their one true answer, by method.
 
-Each scene is rendered, encoded, inverted and edited by one word: swapped (colour, shape or background) or added (size
-or texture, which Prompt-to-Prompt calls refinement). Every method is scored on both sides: the error to the true answer
-where the edit changes the picture and where it must not, and whether the picture shows the asked word, read back by
-`demo.score`.
+Each scene is rendered, encoded, inverted and edited in one of the kinds of `demo.edits`: words are swapped for as many
+others, or they are added, left out or swapped for more or fewer, which Prompt-to-Prompt calls refinement. Every method is
+scored on both sides: the error to the true answer where the edit changes the picture and where it must not, and whether
+the picture shows what was asked for, read back by `demo.score`.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,8 +28,10 @@ from ..attention.masactrl import MasaCtrl
 from ..attention.p2p import PromptToPrompt, Window
 from ..attention.phrases import changed_columns
 from ..attention.pnp import PlugAndPlay
+from ..demo import edits as demo_edits
 from ..demo import model as demo_model
 from ..demo import scenes, score
+from ..demo.edits import Edit
 from ..guidance.cross_attention import CrossAttentionGuidance
 from ..guidance.direction import Embedded, apply, direction_between
 from ..host.guide import attach_guide
@@ -41,7 +44,10 @@ from ..inversion.run import Guidance, invert, record
 from .picture import decode, sample, save_grid
 
 SENTENCES = 40  # a side, of an edit direction
-KINDS = {"swap": ("color", "shape", "background"), "refine": ("size", "texture")}
+KINDS = {
+    "swap": ("object", "colour", "material", "background", "style"),
+    "refine": ("add", "delete", "content", "pose", "background"),
+}
 DIRECT, BLENDED, WEIGHED = "Direct Inversion + P2P", "the same + Local Blend", "the same, the word weighed 2"
 WEIGHED_BLENDED = f"{WEIGHED} + Local Blend"
 RESAMPLED = "source, resampled at cfg 1"
@@ -59,14 +65,8 @@ COMPARED += [(DIRECT_MASACTRL, NAIVE), (DIRECT_MASACTRL, DRIFTING_MASACTRL)]
 COMPARED += [(DIRECTION, NAIVE), (GUIDED, NAIVE), (GUIDED, DIRECTION), (TWO_LATENTS, GUIDED)]
 
 
-class Case(NamedTuple):
-    kind: str
-    source: scenes.Scene
-    target: scenes.Scene
-
-
 class Score(NamedTuple):
-    """Decibels (PSNR to the true answer) where the answer changes and where it does not, and the asked word shown."""
+    """Decibels (PSNR to the true answer) where the answer changes and where it does not, and the asked words shown."""
 
     inside: float
     outside: float
@@ -97,30 +97,37 @@ def run(arguments: argparse.Namespace) -> None:
         for method, images in pictures.items():
             scores.setdefault(method, []).extend(map(measure, images, part))
         if arguments.picture and first == 0:
-            before, answer = (np.stack([scenes.render(case[side]) for case in part[:12]]) for side in (1, 2))
+            before, answer = (np.stack([scenes.render(scene) for scene in side[:12]]) for side in sides(part))
             save_grid([before, *(images[:12] for images in pictures.values()), answer], arguments.picture)
     report(scores, cases)
 
 
-def draw_cases(edit: str, count: int, seed: int) -> list[Case]:
-    """Random scenes of one or two things, one word swapped or added in each, the kinds in turn."""
+def draw_cases(edit: str, count: int, seed: int) -> list[Edit]:
+    """Random scenes of one or two things with an edit of each kind in turn, of captions of equal length or not."""
     rng = random.Random(seed)
-    made = scenes.edits if edit == "swap" else scenes.additions
-    cases = []
+    cases: list[Edit] = []
     while len(cases) < count:
-        kind = KINDS[edit][len(cases) % len(KINDS[edit])]
-        scene = scenes.sample(rng)
-        if targets := made(scene, rng.randrange(len(scene.things)))[kind]:
-            cases.append(Case(kind, scene, rng.choice(targets)))
+        case = demo_edits.draw(rng, KINDS[edit][len(cases) % len(KINDS[edit])])
+        if is_swap(case) == (edit == "swap"):
+            cases.append(case)
     return cases
 
 
+def is_swap(case: Edit) -> bool:
+    return all(len(before.split()) == len(after.split()) for before, after in case.words)
+
+
+def sides(cases: Sequence[Edit]) -> tuple[list[scenes.Scene], list[scenes.Scene]]:
+    """The scenes before and after the edits."""
+    return [case.source for case in cases], [case.target for case in cases]
+
+
 def edit(
-    loaded: tuple, cases: list[Case], arguments: argparse.Namespace, methods: Collection[str]
+    loaded: tuple, cases: Sequence[Edit], arguments: argparse.Namespace, methods: Collection[str]
 ) -> dict[str, np.ndarray]:
     """The edited pictures [b, H, W, 3] by method."""
     model, clip, vae = loaded
-    source, target = ([encode(clip, [case[side].caption for case in cases])] for side in (1, 2))
+    source, target = ([encode(clip, [scene.caption for scene in side])] for side in sides(cases))
     negative = [encode(clip, [""])]
     images = torch.from_numpy(np.stack([scenes.render(case.source) for case in cases]))
     sigmas = leading_sigmas(model.get_model_object("model_sampling").sigmas, arguments.steps)
@@ -161,9 +168,10 @@ def edit(
     return {method: decode(vae, sample(*runs[method], noise, sigmas)) for method in methods}
 
 
-def prompt_edit(clip, case: Case, alignment: str) -> PromptEdit:
-    words = [prompt_words(clip, case[side].caption, "scene") for side in (1, 2)]
-    embeddings = tuple(encode(clip, [case[side].caption])[0] for side in (1, 2))
+def prompt_edit(clip, case: Edit, alignment: str) -> PromptEdit:
+    captions = case.source.caption, case.target.caption
+    words = [prompt_words(clip, caption, "scene") for caption in captions]
+    embeddings = tuple(encode(clip, [caption])[0] for caption in captions)
     return PromptEdit(words[0], (words[1],), (alignment,), embeddings)
 
 
@@ -186,7 +194,7 @@ def local_blend(edits: list[PromptEdit]) -> LocalBlend:
     return LocalBlend(stacked, most, target, 0.3, 0.3, 0.2, 1, None, False)
 
 
-def directed(clip, cases: list[Case], source: Tensor) -> Tensor:
+def directed(clip, cases: Sequence[Edit], source: Tensor) -> Tensor:
     """The source embeddings [b, tokens, channels], each moved by the direction of its case's edit.
 
     A direction comes from captions of the same structure, their other words drawn at random: seldom the target's own.
@@ -199,20 +207,22 @@ def directed(clip, cases: list[Case], source: Tensor) -> Tensor:
     return torch.cat([embedding for embedding, _ in moved])
 
 
-def varied(case: Case, rng: random.Random) -> tuple[scenes.Scene, scenes.Scene]:
-    """Source and target of a case, whatever they have in common of colours, shapes and background drawn anew."""
-    before, after = case.source, case.target
-    things: tuple[list, list] = ([], [])
-    for pair in zip(before.things, after.things, strict=True):
-        color, shape = rng.choice(list(scenes.COLORS)), rng.choice(scenes.SHAPES)
-        drawn = {} if pair[0].color != pair[1].color else {"color": color}
-        drawn |= {} if pair[0].shape != pair[1].shape else {"shape": shape}
-        for side, thing in zip(things, pair, strict=True):
-            side.append(replace(thing, **drawn))
-    ground = {} if before.background != after.background else {"background": rng.choice(list(scenes.BACKGROUNDS))}
-    return tuple(
-        replace(scene, things=tuple(side), **ground) for scene, side in zip((before, after), things, strict=True)
-    )
+def varied(case: Edit, rng: random.Random) -> tuple[scenes.Scene, scenes.Scene]:
+    """Source and target of a case, whatever they have in common of looks, names and place drawn anew."""
+    while True:
+        things: tuple[list, list] = ([], [])
+        for pair in zip(case.source.things, case.target.things, strict=True):
+            drawn = {"look": rng.choice(scenes.LOOKS)} if pair[0].look == pair[1].look != "" else {}
+            drawn |= {"name": rng.choice(list(scenes.KINDS))} if pair[0].name == pair[1].name else {}
+            for side, thing in zip(things, pair, strict=True):
+                side.append(replace(thing, **drawn))
+        ground = {"place": rng.choice(list(scenes.PLACES))} if case.source.place == case.target.place else {}
+        drawn = tuple(
+            replace(scene, things=tuple(side), **ground)
+            for scene, side in zip((case.source, case.target), things, strict=True)
+        )
+        if all(scenes.sayable(scene) and all(map(scenes.fits, scene.things)) for scene in drawn):
+            return drawn
 
 
 def encode(clip, captions: list[str]) -> list:
@@ -220,32 +230,41 @@ def encode(clip, captions: list[str]) -> list:
     return [torch.cat([clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0] for text in captions]), {}]
 
 
-def measure(image: np.ndarray, case: Case) -> Score:
+def measure(image: np.ndarray, case: Edit) -> Score:
     before, answer = scenes.render(case.source), scenes.render(case.target)
     changed = scenes.changed(before, answer)
     error = ((image - answer) ** 2).mean(-1)
-    inside, outside = (float(-10 * np.log10(max(error[where].mean(), 1e-6))) for where in (changed, ~changed))
-    return Score(inside, outside, score.judge(image, case.target)[case.kind])
+    inside, outside = (decibels(error[where]) for where in (changed, ~changed))
+    verdict, same = score.judge(image, case.target), score.agreement(case.source, case.target)
+    return Score(inside, outside, all(verdict[word] for word in same if not same[word]))
 
 
-def report(scores: dict[str, list[Score]], cases: list[Case]) -> None:
+def decibels(error: np.ndarray) -> float:
+    """Of some pixels' squared errors; NaN for none, as outside a change of time or style."""
+    return float(-10 * np.log10(max(error.mean(), 1e-6))) if error.size else math.nan
+
+
+def report(scores: dict[str, list[Score]], cases: Sequence[Edit]) -> None:
     """Markdown tables: means by method, then paired differences with standard errors and win counts."""
     print(f"\n{len(cases)} scenes; decibels to the true answer, higher is better\n")
     kinds = list(dict.fromkeys(case.kind for case in cases))
-    print("| method | inside the change | outside it | shows the asked word | " + " | ".join(kinds) + " |")
+    print("| method | inside the change | outside it | shows what was asked | " + " | ".join(kinds) + " |")
     print("|---|---|---|---|" + "---|" * len(kinds))
     for method, rows in scores.items():
         inside, outside, shown = (np.array(values, float) for values in zip(*rows, strict=True))
         by_kind = " | ".join(
             f"{int(found.sum())}/{len(found)}" for found in (shown[[c.kind == kind for c in cases]] for kind in kinds)
         )
-        print(f"| {method} | {inside.mean():.1f} | {outside.mean():.1f} | {int(shown.sum())}/{len(rows)} | {by_kind} |")
+        print(
+            f"| {method} | {inside.mean():.1f} | {np.nanmean(outside):.1f} | {int(shown.sum())}/{len(rows)} | {by_kind} |"
+        )
     print("\n| paired difference | inside, dB | wins | outside, dB | wins |\n|---|---|---|---|---|")
     for better, worse in (pair for pair in COMPARED if set(pair) <= set(scores)):
         cells = []
         for field in ("inside", "outside"):
             pairs = zip(scores[better], scores[worse], strict=True)
             gaps = np.array([getattr(one, field) - getattr(other, field) for one, other in pairs])
+            gaps = gaps[~np.isnan(gaps)]
             error = gaps.std(ddof=1) / len(gaps) ** 0.5
             cells.append(f"{gaps.mean():+.2f} ± {error:.2f} | {int((gaps > 0).sum())}/{len(gaps)}")
         print(f"| {better} − {worse} | {' | '.join(cells)} |")

@@ -32,7 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
     negative = [encode(clip, [""])]
     rng, generator = random.Random(arguments.seed), torch.Generator().manual_seed(arguments.seed)
     drawn = {name: [scenes.sample(rng, pair) for _ in range(arguments.scenes)] for name, pair in PAIRS.items()}
-    shape = (arguments.scenes, demo_model.UNET["in_channels"], 16, 16)
+    side = demo_model.SIZE // demo_model.PATCH
+    shape = (arguments.scenes, demo_model.CHANNELS, side, side)
     noise = {name: torch.randn(shape, generator=generator) * sigmas[0] for name in drawn}
     print("| cfg | things | " + " | ".join(ASPECTS) + " |\n|---|---|" + "---|" * len(ASPECTS))
     columns = []
@@ -53,4 +54,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 PAIRS = {"one": False, "two": True}
-ASPECTS = ("background", "texture", "count", "color", "shape", "size", "relation", "all")
+ASPECTS = ("style", "place", "time", "count", "relation", "thing", "size", "look", "pose", "extra", "facing", "all")

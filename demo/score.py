@@ -27,7 +27,8 @@ _BLOCK = 4  # pixels a side, at half size, that are seen as one
 _BLOCKS = (_WINDOW // _BLOCK) ** 2
 _TRIES = (6, 28)  # likely things that are fitted to the picture in earnest, and where that leaves too much rest
 _SURE = 0.045  # too much
-_WORTH = 0.8  # of the gain of the best guess at how many things there are, what another needs to be looked into
+_SHORT = 0.2  # of the gain of the best guess at how many things there are: what another, looked into, may lack
+_LEAST = -4.0  # `r` of the smallest thing that is looked for: half the side that its size allows
 _REST = 0.2  # mean error of a square of _PATCH pixels a side that tells of something the reading does not hold
 _PATCH = 16
 
@@ -47,26 +48,34 @@ def judge(image: np.ndarray, scene: Scene) -> dict[str, bool]:
     (a standing cat of its natural colour) must be right as well.
     """
     reading = read(image)
-    found = reading.scene
+    verdict = agreement(reading.scene, scene)
+    there = all(thing.r > _LEAST + 0.5 for thing in reading.scene.things)
+    verdict["count"] = verdict["count"] and there and reading.rest < _REST
+    return verdict | {"all": all(verdict.values())}
+
+
+def agreement(one: Scene, other: Scene) -> dict[str, bool]:
+    """In which kinds of words two scenes agree."""
 
     def agree(word: str) -> bool:
-        return [getattr(thing, word) for thing in found.things] == [getattr(thing, word) for thing in scene.things]
+        return [getattr(thing, word) for thing in one.things] == [getattr(thing, word) for thing in other.things]
 
-    verdict = {
-        "style": found.style == scene.style,
-        "place": found.place == scene.place,
-        "time": found.time == scene.time,
-        "count": len(found.things) == len(scene.things) and reading.rest < _REST,
-        "relation": found.relation == scene.relation,
+    def faces_right(scene: Scene) -> list[bool]:
+        return [thing.facing == FACINGS[2] for thing in scene.things]
+
+    return {
+        "style": one.style == other.style,
+        "place": one.place == other.place,
+        "time": one.time == other.time,
+        "count": len(one.things) == len(other.things),
+        "relation": one.relation == other.relation,
         "thing": agree("name"),
         "size": agree("size"),
         "look": agree("look"),
         "pose": agree("pose"),
         "extra": agree("extra"),
-        "facing": [thing.facing == FACINGS[2] for thing in found.things]
-        == [thing.facing == FACINGS[2] for thing in scene.things],
+        "facing": faces_right(one) == faces_right(other),
     }
-    return verdict | {"all": all(verdict.values())}
 
 
 def read(image: np.ndarray) -> Reading:
@@ -75,7 +84,7 @@ def read(image: np.ndarray) -> Reading:
     style, place, time, shift = _read_place(image)
     guesses = [_guess(image, Scene(style, (), relation, place, time, shift)) for relation in ("", *RELATIONS)]
     most = max(guess.gain for guess in guesses)
-    guesses = [guess for guess in guesses if guess.gain > _WORTH * most]
+    guesses = [guess for guess in guesses if most - guess.gain <= _SHORT * abs(most)]
     for tries in _TRIES:
         best = _said(min((_fit(image, guess, tries) for guess in guesses), key=lambda fit: fit.misfit).scene)
         reading = Reading(best, _worst(image - scenes.render(best)))
@@ -370,6 +379,6 @@ def _moved(image: np.ndarray, fit: _Fit, index: int) -> _Fit:
             moved = []
             for way in (-pixels, pixels):
                 x, y = thing.x + way * right / (x1 - x0), thing.y + way * down / (y1 - y0)
-                moved.append(replace(thing, x=x, y=y, r=thing.r + 0.4 * way * larger))
+                moved.append(replace(thing, x=x, y=y, r=max(thing.r + 0.4 * way * larger, _LEAST)))
             fit = _better(image, fit, (_placed(fit.scene, index, one) for one in moved))
     return fit

@@ -11,6 +11,7 @@ import pytest
 from scipy import ndimage
 
 from palimpsest.demo import edits, scenes, score
+from palimpsest.demo.places import view
 
 WORD = {"object": "thing", "add": "extra", "delete": "extra", "content": "extra", "colour": "look", "material": "look"}
 
@@ -108,3 +109,8 @@ def test_reader_sees_what_is_there_besides() -> None:
 def test_reader_survives_nonsense() -> None:
     image = ndimage.gaussian_filter(np.random.default_rng(0).normal(0.5, 2, (128, 128, 3)), (2, 2, 0)).clip(0, 1)
     assert score.read(image).rest > 0.1
+
+
+@pytest.mark.slow
+def test_reader_finds_nothing_in_an_empty_place() -> None:
+    assert "count" in wrong(score.judge(view("beach", "", 3), scenes.parse("a photo of a small cake on a beach", 3)))
