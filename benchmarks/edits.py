@@ -1,9 +1,9 @@
 """Edits of random demo scenes against their one true answer, by method.
 
 Each scene is rendered, encoded, inverted and edited in one of the kinds of `demo.edits`: words are swapped for as many
-others, or they are added, left out or swapped for more or fewer, which Prompt-to-Prompt calls refinement. Every method is
-scored on both sides: the error to the true answer where the edit changes the picture and where it must not, and whether
-the picture shows what was asked for, read back by `demo.score`.
+others, or they are added, left out or swapped for more or fewer, which Prompt-to-Prompt calls refinement. Every method
+is scored on both sides: the error to the true answer where the edit changes the picture and where it must not, and
+whether the picture shows what was asked for, read back by `demo.score`.
 """
 
 from __future__ import annotations
@@ -255,9 +255,8 @@ def report(scores: dict[str, list[Score]], cases: Sequence[Edit]) -> None:
         by_kind = " | ".join(
             f"{int(found.sum())}/{len(found)}" for found in (shown[[c.kind == kind for c in cases]] for kind in kinds)
         )
-        print(
-            f"| {method} | {inside.mean():.1f} | {np.nanmean(outside):.1f} | {int(shown.sum())}/{len(rows)} | {by_kind} |"
-        )
+        errors = f"{inside.mean():.1f} | {np.nanmean(outside):.1f}"
+        print(f"| {method} | {errors} | {int(shown.sum())}/{len(rows)} | {by_kind} |")
     print("\n| paired difference | inside, dB | wins | outside, dB | wins |\n|---|---|---|---|---|")
     for better, worse in (pair for pair in COMPARED if set(pair) <= set(scores)):
         cells = []

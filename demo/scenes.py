@@ -1,7 +1,7 @@
 """Scenes of everyday things whose caption and pixels correspond exactly: every prompt edit has one true answer.
 
 A `Scene` is its words plus layout numbers that do not depend on the words: changing words keeps the layout. `render` is
-a pure function of the scene. Nothing here knows about torch or the host.
+a pure function of the scene. Nothing here knows about torch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ..host.quote import quoted
 from .drawing import COLORS, GROUND, LEFT, MATERIALS, SPAN, TOP
 from .places import PLACES, SHIFTS, SIZE, TIMES, tint, view
 from .styles import STYLES, styled
@@ -145,7 +146,7 @@ class PhraseReader:
     def _refuse(self) -> None:
         shared = max(map(self._shared, self._possible), default=0)
         at = self._at + shared
-        word = f"'{self._words[at]}'" if at < len(self._words) else "its end"
+        word = quoted(self._words[at]) if at < len(self._words) else "its end"
         after = f" after '{' '.join(self._words[self._at : at])}'" if shared else ""
         fitting = [phrase for phrase in self._possible if self._shared(phrase) == shared]
         fitting = fitting or ["nothing more"]

@@ -43,14 +43,14 @@ class EditDirectionFromPrompts(io.ComfyNode):
             search_aliases=["pix2pix-zero", "pix2pix zero", "prompt direction", "cat to dog", "embedding difference"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of the model that edits."),
-                lines("source", "a red circle on a blue background", "What to edit: one word or sentence a line."),
-                lines("target", "a red star on a blue background", "What it should become: one a line."),
+                lines("source", "a photo of a cat on a meadow", "What to edit: one word or sentence a line."),
+                lines("target", "a photo of a dog on a meadow", "What it should become: one a line."),
                 io.Combo.Input(
                     "sentences",
                     options=list(SENTENCES),
                     tooltip=(
                         "as written: every line is a sentence. templates: every line is a thing, such as cat, put into "
-                        "some dozens of sentences. demo captions: it is a thing or background of the demo model."
+                        "some dozens of sentences. demo captions: it is part of a Demo Scene caption, such as red car."
                     ),
                 ),
                 file("source"),

@@ -37,10 +37,10 @@ class PromptEdit(io.ComfyNode):
             ],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of the model that edits."),
-                prompt("source_prompt", "a red circle on a blue background", "What the image shows now."),
+                prompt("source_prompt", "a photo of a cat on a meadow", "What the image shows now."),
                 prompt(
                     "target_prompt",
-                    "a red star on a blue background",
+                    "a photo of a dog on a meadow",
                     "The same prompt with some words changed. What both have in common is kept.",
                 ),
                 io.Combo.Input(

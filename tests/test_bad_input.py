@@ -43,9 +43,9 @@ def damaged_file(prompt: Prompt) -> None:
 CASES: dict[str, tuple[Callable[[Prompt], object], str]] = {
     "empty prompt": (changed(PROMPTS, source_prompt=" "), "The source prompt is empty"),
     "reweight": (changed(CONTROLLER, reweight="moon:2"), "reweight of P2P Attention Controller names 'moon'"),
-    "no number": (changed(CONTROLLER, reweight="star:big"), "has 'star:big', where 'big' is no number"),
-    "no colon": (changed(CONTROLLER, reweight="star"), "has 'star' without a colon"),
-    "schedule": (changed(CONTROLLER, word_schedule="star:1.5"), "a schedule is one end or start-end"),
+    "no number": (changed(CONTROLLER, reweight="dog:big"), "has 'dog:big', where 'big' is no number"),
+    "no colon": (changed(CONTROLLER, reweight="dog"), "has 'dog' without a colon"),
+    "schedule": (changed(CONTROLLER, word_schedule="dog:1.5"), "a schedule is one end or start-end"),
     "steps": (changed(SAMPLER, steps=STEPS + 1), f"which the trajectory of {STEPS} steps lacks"),
     "sampler": (changed(SAMPLER, sampler_name="euler_ancestral"), "'euler_ancestral' adds fresh noise"),
     "added noise": (changed(SAMPLER, add_noise="enable"), "does not start from the trajectory's own noise"),
@@ -53,7 +53,10 @@ CASES: dict[str, tuple[Callable[[Prompt], object], str]] = {
     "missing link": (without(CONTROLLER, "trajectory"), "Required input is missing, trajectory"),
     "wrong link": (changed(CONTROLLER, trajectory=["3", 0]), "Return type mismatch"),
     "guidance": (changed(INVERSION, cfg=3.0), "DDIM Inversion at cfg 3 needs the negative input"),
-    "scene": (changed(SCENE, caption="a red banana on a gray background"), "has 'banana' where it needs a shape"),
+    "scene": (
+        changed(SCENE, caption="a photo of a red banana in a room"),
+        "has 'banana' where it needs one of: cat, dog",
+    ),
     "damaged file": (damaged_file, "'damaged.safetensors' is not a readable safetensors file"),
 }
 

@@ -8,12 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from palimpsest.benchmarks import edits
 from palimpsest.benchmarks.picture import sample
-from palimpsest.demo import model as demo_model
-from palimpsest.demo import scenes, score, train
+from palimpsest.demo import scenes, score
 from palimpsest.host.model import noise_latent
 from palimpsest.inversion.ddim import leading_sigmas
 from palimpsest.inversion.run import Guidance, invert
@@ -24,7 +22,7 @@ from palimpsest.nodes.prompt import PromptEdit
 from reference import classic_p2p, swapped
 from tiny import execute
 
-SOURCE, TARGET = "a red circle on a striped green background", "a red star on a checkered green background"
+SOURCE, TARGET = "a photo of a red car on a street", "a photo of a blue cup in a room"
 
 
 def latent_of(demo: tuple, caption: str) -> torch.Tensor:
@@ -43,7 +41,8 @@ def inverted(demo: tuple, caption: str, steps: int) -> tuple:
 def test_fifty_steps_equal_the_classic_pair(demo: tuple) -> None:
     """Through the nodes, with a word of one token for one of two: within 1e-4 of explicit maps in float64."""
     model, clip, _ = demo
-    source, target, prompt_edit, _ = PromptEdit.execute(clip, SOURCE, TARGET).result
+    checkered = SOURCE.replace("red", "checkered")  # no word of the model's, which does not matter here
+    source, target, prompt_edit, _ = PromptEdit.execute(clip, SOURCE, checkered).result
     image = {"samples": latent_of(demo, SOURCE)}
     trajectory, noise, sigmas = DDIMInversion.execute(model, source, image, 50, 1.0, LEADING).result
     (edited,) = execute(P2PAttentionController, model=model, trajectory=trajectory, prompt_edit=prompt_edit)
@@ -90,37 +89,11 @@ def test_demo_model_draws_what_it_is_asked_for(demo: tuple) -> None:
     sigmas = leading_sigmas(model.get_model_object("model_sampling").sigmas, 20)
     asked = [scenes.parse(caption, 0) for caption in (SOURCE, "a large blue heart on a pink background")]
     guidance = Guidance([edits.encode(clip, [s.caption for s in asked])], [edits.encode(clip, [""])], 4.0)
-    noise = torch.randn(2, 12, 16, 16, generator=torch.Generator().manual_seed(1)) * sigmas[0]
+    noise = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(1)) * sigmas[0]
     images = vae.decode(sample(model, guidance, noise, sigmas)).numpy()
     for image, scene in zip(images, asked, strict=True):
         verdict = score.judge(image, scene)
         assert all(verdict[aspect] for aspect in ("shape", "color", "background"))
-
-
-def test_the_loaded_networks_are_the_trained_ones(demo: tuple) -> None:
-    """Same weights and same shapes do not suffice: another number of attention heads would go unseen."""
-    model, clip, _ = demo
-    trained, shipped = train.Denoiser(), load_file(demo_model.WEIGHTS)
-    trained.load_state_dict({key: shipped[key].float() for key in trained.state_dict()})
-    embedding = edits.encode(clip, [SOURCE])[0]
-    torch.testing.assert_close(trained.text([SOURCE]), embedding, rtol=1e-4, atol=1e-4)
-    latent, timestep = torch.randn(1, 12, 16, 16), torch.tensor([500.0])
-    torch.testing.assert_close(
-        model.model.diffusion_model(latent, timestep, context=embedding),
-        trained(latent, timestep, [SOURCE]),
-        rtol=1e-3,
-        atol=1e-4,
-    )
-
-
-def test_demo_autoencoder_is_exact_in_and_close_out(demo: tuple) -> None:
-    _, _, vae = demo
-    image = torch.from_numpy(scenes.render(scenes.parse(SOURCE, 3)))[None]
-    latent = vae.encode(image)
-    assert latent.shape == (1, 12, 16, 16)
-    halved = torch.nn.functional.avg_pool2d(image.movedim(-1, 1) * 2 - 1, 2)
-    torch.testing.assert_close(vae.first_stage_model.half_size(latent), halved, rtol=1e-5, atol=1e-5)
-    assert (vae.decode(latent) - image).square().mean() < 10**-2.5  # 25 dB
 
 
 def test_alpha_and_odd_sizes_are_taken_as_the_host_takes_them(demo: tuple) -> None:
@@ -130,18 +103,18 @@ def test_alpha_and_odd_sizes_are_taken_as_the_host_takes_them(demo: tuple) -> No
     padded = torch.nn.functional.pad(image, (0, 1, 0, 3, 0, 2))  # alpha, 3 columns and 2 rows
     source = [edits.encode(clip, [SOURCE])]
     trajectory, _, _ = DDIMInversion.execute(model, source, {"samples": vae.encode(padded)}, 2, 1.0, LEADING).result
-    assert trajectory.states.shape[1:] == (1, 12, 16, 16)
+    assert trajectory.states.shape[1:] == (1, 16, 16, 16)
 
 
 def test_bad_latents_are_refused_in_a_sentence(demo: tuple) -> None:
     model, clip, _ = demo
     source = [edits.encode(clip, [SOURCE])]
-    with pytest.raises(ValueError, match=r"shape \[1, 4, 16, 16\] but the MODEL takes 12 channels"):
+    with pytest.raises(ValueError, match=r"shape \[1, 4, 16, 16\] but the MODEL takes 16 channels"):
         DDIMInversion.execute(model, source, {"samples": torch.zeros(1, 4, 16, 16)}, 5, 1.0, LEADING)
     with pytest.raises(ValueError, match="holds NaN or infinite values"):
-        DDIMInversion.execute(model, source, {"samples": torch.full((1, 12, 16, 16), torch.nan)}, 5, 1.0, LEADING)
+        DDIMInversion.execute(model, source, {"samples": torch.full((1, 16, 16, 16), torch.nan)}, 5, 1.0, LEADING)
     trajectory, source, _ = inverted(demo, SOURCE, 2)
-    other = PromptEdit.execute(clip, "a blue circle on a striped green background", TARGET).result[2]
+    other = PromptEdit.execute(clip, "a photo of a blue car on a street", TARGET).result[2]
     with pytest.raises(ValueError, match="made with another source prompt"):
         execute(P2PAttentionController, model=model, trajectory=trajectory, prompt_edit=other)
     prompt_edit = PromptEdit.execute(clip, SOURCE, TARGET).result[2]
@@ -153,7 +126,7 @@ def test_bad_latents_are_refused_in_a_sentence(demo: tuple) -> None:
 def test_demo_scene_shows_the_edit_and_its_answer() -> None:
     image, source, target, answer, changed = DemoScene.execute(SOURCE, TARGET, 3).result
     assert (source, target) == (SOURCE, TARGET)
-    assert image.shape == answer.shape == (1, 64, 64, 3)
+    assert image.shape == answer.shape == (1, 128, 128, 3)
     assert ((image - answer).abs().amax(-1) > 2 / 255).float().equal(changed)
-    with pytest.raises(ValueError, match="has 'banana' where it needs a shape"):
-        DemoScene.execute("a red banana on a blue background", TARGET, 3)
+    with pytest.raises(ValueError, match="has 'banana' where it needs one of: cat, dog"):
+        DemoScene.execute("a photo of a red banana in a room", TARGET, 3)

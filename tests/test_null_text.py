@@ -195,7 +195,7 @@ def test_stock_sampling_with_the_negatives_is_the_reconstruction(start: str) -> 
 def test_the_demo_model_reconstructs_a_scene_at_the_papers_guidance(demo: tuple, start_from: str, share: float) -> None:
     """Through the node, in 5 steps of few updates: this share of the error of an empty negative, or less."""
     model, clip, vae = demo
-    caption = "a red circle on a striped green background"
+    caption = "a photo of a red car on a street"
     image = vae.encode(torch.from_numpy(scenes.render(scenes.parse(caption, 3)))[None])
     source, empty = ([encode(clip, [text])] for text in (caption, ""))
     sigmas = leading_sigmas(model.get_model_object("model_sampling").sigmas, 5)
@@ -331,7 +331,7 @@ def test_a_controlnet_of_the_source_counts(tiny: Tiny, everywhere: bool) -> None
 
 def test_the_benchmark_scores_stock_sampling_and_counts_the_optimisation(demo: tuple) -> None:
     """A start that is good enough is left as it is and scores the same bits as its plain negative."""
-    part = [scenes.parse("a red circle on a striped green background", 3)]
+    part = [scenes.parse("a photo of a red car on a street", 3)]
     images = demo[2].encode(torch.from_numpy(scenes.render(part[0]))[None])
     results = reconstruction.reconstruct(demo, part, images, 2, Settings(inner_steps=1))
     assert [result[1:] for result in results.values()] == [(0, 0), (0, 0), (6 + 2 * 3, 2), (6 + 2 * 3, 2)]

@@ -70,7 +70,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, demo: tuple, folders: None) -> None:
     run, model, (_, clip, _), image = Workflow(), tiny.model, demo, {"samples": tiny.image}
     source, target, edit, _ = run("PromptEdit", clip=clip)
-    *_, other, _ = run("PromptEdit", clip=clip, target_prompt="a green circle on a blue background")
+    *_, other, _ = run("PromptEdit", clip=clip, target_prompt="a photo of a sheep on a meadow")
     run("BatchPromptEdits", prompt_edits={"prompt_edit_1": edit, "prompt_edit_2": other})
     assert source[0][1]["pooled_output"] is not None
     trajectory, noise, sigmas = run("DDIMInversion", model=model, source=source, image=image, steps=2)

@@ -30,7 +30,7 @@ QUOTING: dict[str, Callable[[], object]] = {
     "a range of blocks": lambda: parse_blocks("output 0-" + "9" * 3000, [("output", 4)], "feature_blocks"),
     "file": lambda: files.existing(LONG, "Load Trajectory"),
     "caption": lambda: scenes.parse("x" * 3000, 0),
-    "caption, its end": lambda: scenes.parse(f"a red star on a gray background {'x' * 3000}", 0),
+    "caption, its end": lambda: scenes.parse(f"a photo of a red cat in a room {'x' * 3000}", 0),
     "source prompts": lambda: BatchPromptEdits.execute(
         {"one": edit_of("cat " * 900, ["a dog"]), "other": edit_of("dog " * 800, ["a dog"])}
     ),

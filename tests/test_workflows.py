@@ -12,7 +12,7 @@ from PIL import Image
 from example_workflows import FOLDER, NAMES, WITHOUT_DOWNLOAD, api_form, overlaps, to_api, ui_form
 from host_server import HostServer, Prompt, Run
 
-ENLARGED = 6
+ENLARGED = 3
 
 
 def reseed_samplers(prompt: Prompt, seed: int) -> None:
@@ -32,7 +32,7 @@ def source_and_edits(pictures: list[np.ndarray]) -> list[np.ndarray]:
     """The pictures of a batch, or the first two of those that stand side by side in one."""
     if len(pictures) > 1:
         return pictures
-    side, gap = ENLARGED * 64, ENLARGED * 2
+    side, gap = ENLARGED * 128, ENLARGED * 2
     return [pictures[0][:, :side], pictures[0][:, side + gap : 2 * side + gap]]
 
 
