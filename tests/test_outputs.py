@@ -6,12 +6,16 @@ from dataclasses import is_dataclass
 from pathlib import Path
 
 import comfy.samplers
+import comfy.sd
 import folder_paths
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer
+from comfy.supported_models_base import ClipTarget
 from torch import Tensor
 
+from palimpsest.demo.model import TEXT
 from palimpsest.host.sampler import OwnSampler
 from palimpsest.host.source import attach
 from palimpsest.nodes.extension import NODES
@@ -19,7 +23,7 @@ from palimpsest.nodes.inversion import DDIMInversion, RecordTrajectory
 from palimpsest.nodes.maps import ALL
 from palimpsest.nodes.null_text import EMPTY, SOURCE
 from test_inject import masactrl
-from tiny import Tiny, execute
+from tiny import WIDTH, Tiny, execute
 
 PLAIN = {"LATENT", "SIGMAS", "CONDITIONING", "IMAGE", "MASK"}
 KEPT = {"TRAJECTORY", "ATTENTION_STORE", "PROMPT_EDIT", "EDIT_DIRECTION", "SAMPLER", "MODEL"}
@@ -67,8 +71,18 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(folder_paths, f"{name}_directory", str(tmp_path / name))
 
 
-def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, demo: tuple, folders: None) -> None:
-    run, model, (_, clip, _), image = Workflow(), tiny.model, demo, {"samples": tiny.image}
+def narrow_clip() -> comfy.sd.CLIP:
+    """The demo model's text encoder with random weights, as wide as the tiny UNet takes."""
+    options = {"clip_l_model_config": TEXT | {"hidden_size": WIDTH}, "dtype": torch.float32}
+    clip = comfy.sd.CLIP(ClipTarget(SD1Tokenizer, SD1ClipModel), model_options=options)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in clip.cond_stage_model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return clip
+
+
+def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, folders: None) -> None:
+    run, model, clip, image = Workflow(), tiny.model, narrow_clip(), {"samples": tiny.image}
     source, target, edit, _ = run("PromptEdit", clip=clip)
     *_, other, _ = run("PromptEdit", clip=clip, target_prompt="a photo of a sheep on a meadow")
     run("BatchPromptEdits", prompt_edits={"prompt_edit_1": edit, "prompt_edit_2": other})

@@ -1,0 +1,50 @@
+"""Makes the thumbnails of the example workflows anew, by running them: `python tools/thumbnails.py [WORKFLOW ...]`.
+
+COMFYUI_PATH names the host, such as `.dev/ComfyUI`.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from PIL import Image
+
+PACK = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PACK / "tests"))
+
+from example_workflows import WITHOUT_DOWNLOAD, api_form  # noqa: E402
+from host_server import HostServer  # noqa: E402
+
+WIDTH = 600
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder, HostServer(Path(folder)) as server:
+        for name in sys.argv[1:] or WITHOUT_DOWNLOAD:
+            start = time.monotonic()
+            run = server.run(api_form(name))
+            if run.errors:
+                sys.exit(f"{name}: {run.errors}")
+            pictures = [Image.open(io.BytesIO(server.view(image))) for image in run.images()]
+            row = beside(pictures)
+            row = row.resize((WIDTH, round(row.height * WIDTH / row.width)), Image.Resampling.LANCZOS)
+            path = PACK / "workflows" / f"{name}.jpg"
+            row.save(path, quality=90)
+            print(f"{path} ({time.monotonic() - start:.0f} s)", flush=True)
+
+
+def beside(pictures: list[Image.Image]) -> Image.Image:
+    """The pictures of a batch in one row."""
+    width, height = pictures[0].size
+    row = Image.new("RGB", (width * len(pictures), height))
+    for index, picture in enumerate(pictures):
+        row.paste(picture, (index * width, 0))
+    return row
+
+
+if __name__ == "__main__":
+    main()
