@@ -81,7 +81,7 @@ def agreement(one: Scene, other: Scene) -> dict[str, bool]:
 def read(image: np.ndarray) -> Reading:
     """The scene of a [128, 128, 3] picture in [0, 1]. Soft, noisy and slightly miscoloured pictures are fine."""
     image = np.asarray(image, np.float32)
-    style, place, time, shift = _read_place(image)
+    style, place, time, shift = read_place(image)
     guesses = [_guess(image, Scene(style, (), relation, place, time, shift)) for relation in ("", *RELATIONS)]
     most = max(guess.gain for guess in guesses)
     guesses = [guess for guess in guesses if most - guess.gain <= _SHORT * abs(most)]
@@ -116,7 +116,8 @@ def _places() -> tuple[list[tuple[str, str, str, int]], np.ndarray]:
     return words, np.stack([_halved(styled(s, view(p, t, k))) for s, p, t, k in words])
 
 
-def _read_place(image: np.ndarray) -> tuple[str, str, str, int]:
+def read_place(image: np.ndarray) -> tuple[str, str, str, int]:
+    """Style, place, time and spot of the empty scene that comes closest to a picture."""
     words, pictures = _places()
     misfit = np.minimum(np.abs(pictures - _halved(image)).mean(-1), 0.12)  # capped, so that things weigh little
     return words[int(misfit.mean((1, 2)).argmin())]
