@@ -231,12 +231,15 @@ def encode(clip, captions: list[str]) -> list:
 
 
 def measure(image: np.ndarray, case: Edit) -> Score:
-    before, answer = scenes.render(case.source), scenes.render(case.target)
-    changed = scenes.changed(before, answer)
-    error = ((image - answer) ** 2).mean(-1)
-    inside, outside = (decibels(error[where]) for where in (changed, ~changed))
     verdict, same = score.judge(image, case.target), score.agreement(case.source, case.target)
-    return Score(inside, outside, all(verdict[word] for word in same if not same[word]))
+    return Score(*errors(image, case), all(verdict[word] for word in same if not same[word]))
+
+
+def errors(image: np.ndarray, case: Edit) -> tuple[float, float]:
+    """Decibels inside the change and outside it."""
+    error = ((image - scenes.render(case.target)) ** 2).mean(-1)
+    changed = case.mask()
+    return decibels(error[changed]), decibels(error[~changed])
 
 
 def decibels(error: np.ndarray) -> float:

@@ -72,17 +72,16 @@ def test_equal_prompts_at_cfg_1_reconstruct_as_resampling_does(demo: tuple) -> N
 
 @pytest.mark.slow
 def test_p2p_keeps_what_naive_resampling_loses(demo: tuple) -> None:
-    """On twelve scenes: a smaller error outside the change, and the change itself shown on most."""
-    arguments = argparse.Namespace(edit="swap", steps=25, cfg=3.0, cross=0.8, self_=0.4)
+    """On twelve scenes: a smaller error outside the change, and mostly nearer the answer inside it than before."""
+    arguments = argparse.Namespace(edit="swap", steps=20, cfg=3.0, cross=0.8, self_=0.4)
     cases = edits.draw_cases("swap", 12, seed=1)
-    pictures = edits.edit(demo, cases, arguments, (edits.NAIVE, edits.DIRECT))
-    scores = {
-        name: [edits.measure(image, case) for image, case in zip(images, cases, strict=True)]
-        for name, images in pictures.items()
-    }
-    naive, direct = scores[edits.NAIVE], scores[edits.DIRECT]
-    assert np.mean([s.outside for s in direct]) > np.mean([s.outside for s in naive])
-    assert sum(s.shown for s in direct) >= 9
+    pictures = edits.edit(demo, cases, arguments, (edits.RESAMPLED, edits.NAIVE, edits.DIRECT))
+    before, naive, direct = (
+        np.array([edits.errors(image, case) for image, case in zip(images, cases, strict=True)]).T
+        for images in pictures.values()
+    )
+    assert np.nanmean(direct[1]) > np.nanmean(naive[1])
+    assert (direct[0] > before[0]).sum() >= 7
 
 
 def test_demo_model_draws_what_it_is_asked_for(demo: tuple) -> None:
