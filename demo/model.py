@@ -82,6 +82,11 @@ class Autoencoder(nn.Module):
         return (coefficients - _per_channel(coefficients, LATENT_MEAN)) * _per_channel(coefficients, LATENT_SCALE)
 
     def decode(self, latent: Tensor) -> Tensor:
+        if latent.shape[1] != UNET["in_channels"]:
+            raise ValueError(
+                f"The demo model's VAE decodes latents of {UNET['in_channels']} channels, not of {latent.shape[1]}: "
+                "connect the VAE of the model that made the latent."
+            )
         return interpolate(self.half_size(latent), scale_factor=2, mode="bilinear") + self.decoder(latent)
 
     def half_size(self, latent: Tensor) -> Tensor:

@@ -31,6 +31,16 @@ def other_noise(prompt: Prompt) -> None:
     prompt[SAMPLER]["inputs"]["latent_image"] = ["32", 1]
 
 
+def foreign_latent(prompt: Prompt) -> None:
+    """The demo's VAE gets what an SD1.5 model would draw."""
+    prompt["33"] = {
+        "class_type": "EmptyLatentImage",
+        "inputs": {"width": 512, "height": 512, "batch_size": 1},
+        "_meta": {"title": "Empty Latent Image"},
+    }
+    prompt["9"]["inputs"]["samples"] = ["33", 0]
+
+
 def damaged_file(prompt: Prompt) -> None:
     prompt["40"] = {
         "class_type": "PalimpsestLoadTrajectory",
@@ -54,6 +64,7 @@ CASES: dict[str, tuple[Callable[[Prompt], object], str]] = {
     "wrong link": (changed(CONTROLLER, trajectory=["3", 0]), "Return type mismatch"),
     "guidance": (changed(INVERSION, cfg=3.0), "DDIM Inversion at cfg 3 needs the negative input"),
     "scene": (changed(SCENE, caption="a red banana on a gray background"), "has 'banana' where it needs a shape"),
+    "other VAE": (foreign_latent, "VAE decodes latents of 12 channels, not of 4: connect the VAE of the model that"),
     "damaged file": (damaged_file, "'damaged.safetensors' is not a readable safetensors file"),
 }
 
