@@ -14,6 +14,7 @@ from comfy.samplers import KSAMPLER, CFGGuider, Sampler
 from torch import Tensor
 
 from .alone import ALIKE, apart
+from .conditioning import SEED
 from .layer import Layer
 from .model import identity
 from .sampler import OwnSampler, Run
@@ -287,6 +288,12 @@ def check_replay(node: str, trajectory: Trajectory, run: Run) -> None:
     """Raises ValueError for a run that the sampler which `node` made for `trajectory` cannot give the image back in."""
     check_same_model(run.guider.model_patcher, trajectory)
     check_every_call(run.guider.model_patcher, f"The sampler of {node}")
+    own, seed = trajectory.conditioning[0][1], run.arguments["seed"]
+    if "unclip_conditioning" in own and seed != own[SEED]:
+        raise ValueError(
+            f"unCLIPConditioning draws noise by the sampler's seed, and at {seed} the sampler of {node} cannot give "
+            f"the image back: set noise_seed to {own[SEED]}."
+        )
     sigmas, latent = run.sigmas, run.latent
     if run.denoise_mask is not None:
         raise ValueError(

@@ -15,7 +15,7 @@ from comfy.samplers import CFGGuider, Sampler
 from torch import Tensor
 
 from ..host.alone import Conds, mixes_prompts
-from ..host.conditioning import copied
+from ..host.conditioning import SEED, copied
 from ..host.model import add_outermost, identity, prediction_type
 from ..host.refusals import (
     check_deterministic,
@@ -161,7 +161,7 @@ def record(
     states[len(sigmas) - 1] = model.model.process_latent_in(result).to("cpu", torch.float32)
     if len(states) < len(sigmas):
         raise ValueError("The sampler did not visit every sigma of its schedule: choose euler, ddim or dpmpp_2m.")
-    return as_trajectory(model, guidance, [states[i] for i in range(len(sigmas))], sigmas), result
+    return as_trajectory(model, guidance, [states[i] for i in range(len(sigmas))], sigmas, seed), result
 
 
 def sample(
@@ -224,7 +224,12 @@ def asked_twice(denoise: Callable[..., Tensor], node: str) -> Callable[..., Tens
     return denoise_alike
 
 
-def as_trajectory(model: ModelPatcher, guidance: Guidance, states: list[Tensor], sigmas: Tensor) -> Trajectory:
-    """The trajectory of a run's states [b, c, h, w] at each of `sigmas`."""
-    conditioning = copied(guidance.positive)
+def as_trajectory(
+    model: ModelPatcher, guidance: Guidance, states: list[Tensor], sigmas: Tensor, seed: int = 0
+) -> Trajectory:
+    """The trajectory of a run's states [b, c, h, w] at each of `sigmas`.
+
+    Its conditioning keeps the run's seed, by which the host draws the noise on unCLIP's images.
+    """
+    conditioning = [[embedding, options | {SEED: seed}] for embedding, options in copied(guidance.positive)]
     return Trajectory(torch.stack(states), sigmas.to("cpu", torch.float32, copy=True), conditioning, identity(model))

@@ -46,8 +46,8 @@ class TinyConfig(comfy.supported_models_base.BASE):
     latent_format = comfy.latent_formats.SD15
 
     @classmethod
-    def of(cls, prediction: ModelType) -> TinyConfig:
-        config = cls(copy.deepcopy(UNET))
+    def of(cls, prediction: ModelType, **changes) -> TinyConfig:
+        config = cls(copy.deepcopy(UNET) | changes)
         config.prediction = prediction
         config.set_inference_dtype(torch.float32, None)
         return config
@@ -56,8 +56,11 @@ class TinyConfig(comfy.supported_models_base.BASE):
         return self.prediction
 
 
-def tiny_model(prediction: ModelType = ModelType.EPS, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
-    model = TinyConfig.of(prediction).get_model({}, device=torch.device("cpu"))
+def tiny_model(
+    prediction: ModelType = ModelType.EPS, seed: int = 0, config: type[TinyConfig] = TinyConfig, **changes
+) -> comfy.model_patcher.ModelPatcher:
+    """A model of random weights; `changes` are to UNET."""
+    model = config.of(prediction, **changes).get_model({}, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
