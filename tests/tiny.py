@@ -61,13 +61,18 @@ def tiny_model(
 ) -> comfy.model_patcher.ModelPatcher:
     """A model of random weights; `changes` are to UNET."""
     model = config.of(prediction, **changes).get_model({}, device=torch.device("cpu"))
+    randomise(model, seed)
+    device = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Gives it weights that keep activations of a size."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         norm = "norm" in name or name.endswith(("in_layers.0.weight", "out_layers.0.weight", "out.0.weight"))
         parameter.data = 1 + 0.1 * noise if norm and name.endswith("weight") else 0.08 * noise
-    device = comfy.model_management.get_torch_device()
-    return comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 
 
 def conditioning(seed: int, tokens: int = 77, batch: int = 1) -> list:
