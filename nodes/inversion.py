@@ -39,10 +39,12 @@ class DDIMInversion(io.ComfyNode):
             search_aliases=[
                 "invert",
                 "unsample",
+                "unsampler",
                 "direct inversion",
                 "pnp inversion",
                 "noise from image",
                 "real image",
+                "img2img edit",
             ],
             inputs=[
                 *image_to_invert(),

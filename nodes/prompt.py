@@ -29,6 +29,12 @@ class PromptEdit(io.ComfyNode):
                 "Controller."
             ),
             search_aliases=[
+                "edit image",
+                "edit photo",
+                "image editing",
+                "img2img edit",
+                "change words",
+                "replace object",
                 "word swap",
                 "prompt refinement",
                 "prompt to prompt",
