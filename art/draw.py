@@ -1,7 +1,7 @@
 """Draws the registry's icon and banner: a page that has been written over, `python art/draw.py`.
 
-Beneath lies the old writing, scraped off and turned by a quarter as in real palimpsests, with a circle; above it the new
-one, with a star in the circle's place.
+Beneath lies the old writing, scraped off and turned by a quarter as in real palimpsests, with a circle; above it the
+new one, with a star in the circle's place.
 """
 
 from __future__ import annotations
