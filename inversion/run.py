@@ -36,8 +36,8 @@ class Guidance(NamedTuple):
     """The conditionings of a run and its guidance scale; without `negative` only cfg 1 has a meaning."""
 
     positive: list
-    negative: list | None
-    cfg: float
+    negative: list | None = None
+    cfg: float = 1.0
 
     def guider(self, model: ModelPatcher) -> CFGGuider:
         guider = CFGGuider(model)

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..host.model import noise_latent
 from ..host.refusals import check_no_mask
-from ..inversion.ddim import leading_sigmas
+from ..inversion.resample import ddim_sigmas
 from ..inversion.run import Guidance, Refinement, invert, record
 from . import sockets
 from .widgets import image_to_invert, inverting_negative, noise_and_sigmas, noise_and_sigmas_of
@@ -39,10 +39,12 @@ class DDIMInversion(io.ComfyNode):
             search_aliases=[
                 "invert",
                 "unsample",
+                "unsampler",
                 "direct inversion",
                 "pnp inversion",
                 "noise from image",
                 "real image",
+                "img2img edit",
             ],
             inputs=[
                 *image_to_invert(),
@@ -121,10 +123,10 @@ class DDIMInversion(io.ComfyNode):
         kl=0.0,
     ) -> io.NodeOutput:
         check_no_mask(image, "DDIM Inversion")
-        model_sampling = model.get_model_object("model_sampling")
         if schedule == LEADING:
-            sigmas = leading_sigmas(model_sampling.sigmas.cpu(), steps)
+            sigmas = ddim_sigmas(model, steps)
         else:
+            model_sampling = model.get_model_object("model_sampling")
             sigmas = comfy.samplers.calculate_sigmas(model_sampling, schedule, steps).cpu()
         refinement = Refinement(iterations, average, autocorrelation, kl)
         trajectory = invert(model, Guidance(source, negative, cfg), image["samples"], sigmas, refinement)

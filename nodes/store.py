@@ -30,7 +30,7 @@ class RecordAttention(io.ComfyNode):
                 "store run two rows a step instead of three: the price of an ordinary generation. It pays from the "
                 "second edit of an image on."
             ),
-            search_aliases=["attention store", "cache attention", "prompt to prompt store", "speed up edits"],
+            search_aliases=["attention store", "cache attention", "p2p store", "speed up edits"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that made the trajectory, from before the edit nodes."),
                 sockets.Trajectory.Input("trajectory", tooltip="The source image."),
