@@ -7,12 +7,13 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io
 
+from ..host.cost import metered
 from ..host.model import noise_latent
 from ..host.refusals import check_no_mask
 from ..inversion.ddim import leading_sigmas
 from ..inversion.run import Guidance, Refinement, invert, record
 from . import sockets
-from .widgets import image_to_invert, inverting_negative, noise_and_sigmas, noise_and_sigmas_of
+from .widgets import image_to_invert, inverting_negative, noise_and_sigmas, noise_and_sigmas_of, spent
 
 LEADING = "ddim (diffusers leading)"
 
@@ -127,8 +128,9 @@ class DDIMInversion(io.ComfyNode):
         else:
             sigmas = comfy.samplers.calculate_sigmas(model_sampling, schedule, steps).cpu()
         refinement = Refinement(iterations, average, autocorrelation, kl)
+        model, cost = metered(model)
         trajectory = invert(model, Guidance(source, negative, cfg), image["samples"], sigmas, refinement)
-        return io.NodeOutput(trajectory, *noise_and_sigmas_of(model, trajectory))
+        return io.NodeOutput(trajectory, *noise_and_sigmas_of(model, trajectory), ui=spent(cost, trajectory))
 
 
 class RecordTrajectory(io.ComfyNode):
@@ -192,5 +194,7 @@ class RecordTrajectory(io.ComfyNode):
         else:
             noise = torch.zeros_like(samples)
         guidance = Guidance(positive, negative, cfg)
+        model, cost = metered(model)
         trajectory, image = record(model, guidance, sampler, sigmas, noise, samples, noise_seed)
-        return io.NodeOutput(trajectory, {"samples": image}, {"samples": noise_latent(model, trajectory)})
+        noise = noise_latent(model, trajectory)
+        return io.NodeOutput(trajectory, {"samples": image}, {"samples": noise}, ui=spent(cost, trajectory))

@@ -9,8 +9,8 @@ from ..attention.alignment import ALIGNMENTS, carry_over, join, resolve, same_pr
 from ..attention.alignment import PromptEdit as Edit
 from ..host.conditioning import copied
 from ..host.quote import shortened
-from ..host.tokens import prompt_words
-from . import sockets
+from ..host.tokens import prompt_words, unknown_words
+from . import alignment_view, sockets
 
 
 class PromptEdit(io.ComfyNode):
@@ -82,7 +82,8 @@ class PromptEdit(io.ComfyNode):
         (source_embedding, _), (target_embedding, options) = (copied(conditioning)[0] for conditioning in conditionings)
         edit = Edit(source, (target,), (alignment,), (source_embedding, target_embedding), options.get("pooled_output"))
         picture = alignment_picture.draw(source, target, carry_over(source, target, alignment))
-        return io.NodeOutput(*conditionings, edit, picture)
+        shown = alignment_view.outputs(source, target, alignment, unknown_words(clip, source, target))
+        return io.NodeOutput(*conditionings, edit, picture, ui=shown)
 
 
 class BatchPromptEdits(io.ComfyNode):
