@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .alignment import Words, carry_over
 
@@ -27,14 +28,19 @@ class Pair(NamedTuple):
 
 def word_pairs(source: Words, target: Words, alignment: str) -> list[Pair]:
     """All words of both prompts in order, by alignment "swap" or "refine": what `carry_over` joins is a pair."""
-    carried = carry_over(source, target, alignment).source
-    joined = torch.tensor(
-        [[bool(carried[list(one)][:, list(other)].any()) for other in target.tokens] for one in source.tokens]
-    ).reshape(len(source.tokens), len(target.tokens))
+    joined = _members(source) @ carry_over(source, target, alignment).source @ _members(target).T > 0
     return [Pair(source.texts[ones], target.texts[others]) for ones, others in _groups(joined)]
 
 
-def _groups(joined: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+def _members(words: Words) -> Tensor:
+    """[words, tokens] 1 at each word's tokens."""
+    found = torch.zeros(len(words.texts), words.length)
+    for i, tokens in enumerate(words.tokens):
+        found[i, list(tokens)] = 1
+    return found
+
+
+def _groups(joined: Tensor) -> Iterator[tuple[slice, slice]]:
     """Rows and columns in order: a row or a column that is joined to none, or the least block of all that are."""
     rows, columns = joined.shape
     i = j = 0

@@ -19,7 +19,7 @@ from ..host.quote import shortened
 from ..host.tokens import Tokens, prompt_words, unknown_words
 
 VIEW = "palimpsest_words"  # key among the outputs that the frontend is sent
-LONGEST = 5000  # signs of a prompt; the time that an alignment takes grows with the square
+LONGEST = 2000  # signs of a prompt; the time that an alignment takes grows with the square
 
 
 def view(source: Words, target: Words, alignment: str, unknown: list[str]) -> dict[str, Any]:
@@ -53,8 +53,9 @@ def view_of(prompts: tuple[str, str], alignment: str, demo: bool) -> dict[str, A
 
 @functools.cache
 def _tokenizer(demo: bool) -> SD1Tokenizer:
-    options = {"embedding_directory": folder_paths.get_folder_paths("embeddings")}
-    return DemoTokenizer(known_tokens(WEIGHTS), **options) if demo else SD1Tokenizer(**options)
+    if demo:  # which has no textual inversions
+        return DemoTokenizer(known_tokens(WEIGHTS))
+    return SD1Tokenizer(folder_paths.get_folder_paths("embeddings"))
 
 
 async def answer(request: web.Request) -> web.Response:
@@ -64,7 +65,7 @@ async def answer(request: web.Request) -> web.Response:
         prompts, alignment, demo = (asked["source"], asked["target"]), asked["alignment"], asked["demo"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return _refused('The body has to be JSON with "source", "target", "alignment" and "demo".')
-    if not all(isinstance(prompt, str) and len(prompt) <= LONGEST for prompt in prompts):
+    if not all(map(_is_prompt, prompts)):
         return _refused(f"Source and target have to be texts of at most {LONGEST:,} signs.")
     if alignment not in ALIGNMENTS or not isinstance(demo, bool):
         return _refused(f"Alignment has to be one of {', '.join(ALIGNMENTS)}, and demo true or false.")
@@ -72,6 +73,11 @@ async def answer(request: web.Request) -> web.Response:
         return web.json_response(await asyncio.to_thread(view_of, prompts, alignment, demo))
     except ValueError as error:
         return _refused(str(error))
+
+
+def _is_prompt(value: Any) -> bool:
+    """JSON may hold halves of signs, which no tokenizer takes."""
+    return isinstance(value, str) and len(value) <= LONGEST and value == value.encode(errors="ignore").decode()
 
 
 def _refused(sentence: str) -> web.Response:

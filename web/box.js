@@ -35,6 +35,16 @@ export function element(tag, classes, text = "") {
     return made;
 }
 
+// Calls `then` with the same arguments after a method of an object, whether it has one or not.
+export function after(object, name, then) {
+    const before = object[name];
+    object[name] = function (...args) {
+        const result = before?.apply(this, args);
+        then(...args);
+        return result;
+    };
+}
+
 // The box's element; height: the least that it takes, in pixels.
 export function addBox(node, name, height) {
     if (!document.getElementById("palimpsest-style")) {
@@ -43,7 +53,7 @@ export function addBox(node, name, height) {
         document.head.append(style);
     }
     const box = element("div", "palimpsest-box");
-    const widget = node.addDOMWidget(name, name, box, { serialize: false, getMinHeight: () => height });
+    const widget = node.addDOMWidget(name, name, box, { serialize: false, margin: 4, getMinHeight: () => height });
     widget.serialize = false;
     return box;
 }

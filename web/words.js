@@ -1,7 +1,7 @@
 // Prompt Edit's words: which of the source became which of the target, as the node itself aligns them. Asked of the
-// server while people type, and taken from the node's outputs where its prompts come from other nodes.
+// server while people type, and taken from the node's outputs where its prompts come from nodes that only a run knows.
 import { api } from "../../scripts/api.js";
-import { addBox, element } from "./box.js";
+import { addBox, after, element } from "./box.js";
 
 const PROMPTS = ["source_prompt", "target_prompt"];
 const PAUSE = 300; // milliseconds without a key pressed
@@ -12,17 +12,30 @@ const MEANING = {
     dropped: "left out",
 };
 
-function inputNode(node, name) {
-    const slot = node.inputs?.findIndex((input) => input.name === name) ?? -1;
-    return slot < 0 ? null : node.getInputNode(slot);
-}
-
-function isLinked(node, name) {
-    return node.inputs?.some((input) => input.name === name && input.link != null);
-}
+// Nodes whose outputs are what their widgets say, output by widget.
+const PASSED = {
+    PalimpsestDemoScene: { source_prompt: "caption", target_prompt: "edited_caption" },
+    PrimitiveString: { STRING: "value" },
+    PrimitiveStringMultiline: { STRING: "value" },
+};
 
 function widgetOf(node, name) {
     return node.widgets?.find((widget) => widget.name === name);
+}
+
+// What is linked to an input of a node: the node and the name of its output.
+function origin(node, name) {
+    const link = node.graph?.getLink(node.inputs?.find((input) => input.name === name)?.link);
+    const from = link && node.graph.getNodeById(link.origin_id);
+    return from && { node: from, output: from.outputs[link.origin_slot].name };
+}
+
+// The widget whose value an input has, if one has it.
+function sourceOf(node, name) {
+    const from = origin(node, name);
+    if (!from) return widgetOf(node, name);
+    const passed = PASSED[from.node.type]?.[from.output];
+    return passed && sourceOf(from.node, passed);
 }
 
 // Nodes that take the edit and have this widget, set by hand.
@@ -30,7 +43,7 @@ function takers(node, type, name) {
     const links = node.outputs.find((output) => output.name === "prompt_edit")?.links ?? [];
     return links
         .map((id) => node.graph.getNodeById(node.graph.getLink(id)?.target_id))
-        .filter((taker) => taker?.type === type && !isLinked(taker, name));
+        .filter((taker) => taker?.type === type && !origin(taker, name));
 }
 
 // Adds an entry to a list with commas between, or takes out the one that is there already.
@@ -56,7 +69,7 @@ function pick(node, word, side, shift) {
 }
 
 export function addWords(node) {
-    const box = addBox(node, "palimpsest_words", 76);
+    const box = addBox(node, "palimpsest_words", 62);
     const words = element("div", "palimpsest-words");
     const note = element("div", "palimpsest-note", "The words are shown here once the prompts are known: run this.");
     box.append(words, note);
@@ -93,15 +106,13 @@ export function addWords(node) {
     let asked = 0;
     let timer;
     async function ask() {
-        if (PROMPTS.some((name) => isLinked(node, name))) return;
+        const widgets = [...PROMPTS, "alignment"].map((name) => sourceOf(node, name));
+        if (!widgets.every(Boolean)) return;
+        widgets.forEach(watch);
         const number = ++asked;
-        const [source, target] = PROMPTS.map((name) => widgetOf(node, name).value);
-        const body = {
-            source,
-            target,
-            alignment: widgetOf(node, "alignment").value,
-            demo: inputNode(node, "clip")?.type === "PalimpsestLoadDemoModel",
-        };
+        const [source, target, alignment] = widgets.map((widget) => widget.value);
+        const demo = origin(node, "clip")?.node.type === "PalimpsestLoadDemoModel";
+        const body = { source, target, alignment, demo };
         const answer = await api.fetchApi("/palimpsest/alignment", { method: "POST", body: JSON.stringify(body) });
         const view = await answer.json();
         if (number !== asked) return;
@@ -113,27 +124,18 @@ export function addWords(node) {
         timer = setTimeout(() => ask().catch(() => {}), PAUSE); // a server that is gone says so elsewhere
     }
 
-    function after(name, then) {
-        const before = node[name];
-        node[name] = function (...args) {
-            const result = before?.apply(this, args);
-            then(...args);
-            return result;
-        };
+    const watched = new WeakSet();
+    function watch(widget) {
+        if (watched.has(widget)) return;
+        watched.add(widget);
+        after(widget, "callback", askSoon);
     }
-    after("onConfigure", askSoon);
-    after("onConnectionsChange", askSoon);
-    after("onExecuted", (output) => {
+
+    after(node, "onConfigure", askSoon);
+    after(node, "onConnectionsChange", askSoon);
+    after(node, "onExecuted", (output) => {
         const [view] = output?.palimpsest_words ?? [];
         if (view) draw(view);
     });
-    for (const name of [...PROMPTS, "alignment"]) {
-        const widget = widgetOf(node, name);
-        const before = widget.callback;
-        widget.callback = function (...args) {
-            askSoon();
-            return before?.apply(this, args);
-        };
-    }
     askSoon();
 }
