@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from browser import PROGRAMS, Page, find_browser, open_browser
+from browser import Page
 from example_workflows import WITHOUT_DOWNLOAD, api_form, overlaps, ui_form
 from host_server import HostServer, Prompt
 
@@ -25,20 +23,6 @@ HARMLESS = (
     "Error loading core workflow templates",
     "Error loading fuse options",
 )
-
-
-@pytest.fixture
-def page(server: HostServer, tmp_path: Path) -> Iterator[Page]:
-    program = find_browser()
-    if program is None:
-        missing = f"no browser found: install one of {', '.join(PROGRAMS)}"
-        if os.environ.get("CI"):
-            pytest.fail(missing)
-        pytest.skip(missing)
-    # Else a new user is greeted with a dialog.
-    server.post("/settings/Comfy.TutorialCompleted", True)
-    with open_browser(program, tmp_path / "profile") as page:
-        yield page
 
 
 def open_template(page: Page, server: HostServer, name: str) -> None:
