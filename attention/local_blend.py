@@ -28,7 +28,7 @@ class LocalBlend:
     start: fraction of the schedule before which nothing is blended.
     soft: latent pixels over which the mask by words falls to 0 outside its edge.
     user: [1 or b, h, w] in 0..1 at any resolution, or None. unite: whether it adds to the mask by words or limits it.
-    show: at each step gets what draws where the phrases to edit are attended to, [h, w, 3] in 0..1; or None.
+    show: gets, with every mask, what draws the phrases' maps that it is made of, [h, w, 3] in 0..1; or None.
     """
 
     columns: tuple[Tensor, Tensor] | None
@@ -61,14 +61,12 @@ class LocalBlend:
     def applies(self, fraction: float) -> bool:
         return fraction > self.start
 
-    def watch(self, source: Tensor, target: Tensor) -> None:
-        if self.show is not None:
-            self.show(lambda: heat_picture(torch.cat([maps[0, : self.phrases] for maps in (source, target)])))
-
     def mask(self, source: Tensor | None, target: Tensor | None, size: tuple[int, int]) -> Tensor:
         user = None if self.user is None else interpolate(self.user[:, None], size, mode="area")
         if source is None:
             return user
+        if self.show is not None:
+            self.show(lambda: heat_picture(torch.cat([maps[0, : self.phrases] for maps in (source, target)])))
         words = self._region(source, target, size, slice(self.phrases), self.threshold, pool=True)
         if source.shape[1] > self.phrases:
             words &= ~self._region(source, target, size, slice(self.phrases, None), self.subtract_threshold, pool=False)

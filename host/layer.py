@@ -110,6 +110,3 @@ class Blend(Protocol):
 
     def mask(self, source: Tensor | None, target: Tensor | None, size: tuple[int, int]) -> Tensor:
         """[1 or b, 1, *size] in 0..1, 0 where the source is kept, from the phrases' maps so far, [b, m, h, w] each."""
-
-    def watch(self, source: Tensor, target: Tensor) -> None:
-        """Told the phrases' maps of each step as they are measured, [b, m, h, w] each."""

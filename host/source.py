@@ -284,8 +284,7 @@ def _calc_cond_batch(executor, model, conds: list, x_in: Tensor, timestep: Tenso
             executor(model, alone, call.state, timestep[: len(call.state)], model_options)
     results = executor(model, joined, x_in, timestep, model_options)[: len(conds)]
     if call.word_maps is not None and call.target in call.ran:
-        run.maps[call.index] = maps = call.word_maps.means()
-        run.branch.blend.watch(*maps)
+        run.maps[call.index] = call.word_maps.means()
     return results
 
 
