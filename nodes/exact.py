@@ -7,13 +7,14 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..host.cost import Cost, metered
 from ..host.refusals import check_no_mask
 from ..host.trajectory import Trajectory
 from ..inversion.ddim import leading_sigmas
 from ..inversion.replay import invert_edict, invert_edit_friendly
 from ..inversion.run import Guidance
 from . import sockets
-from .widgets import fraction, image_to_invert, inverting_negative, noise_and_sigmas, noise_and_sigmas_of
+from .widgets import fraction, image_to_invert, inverting_negative, noise_and_sigmas, noise_and_sigmas_of, spent
 
 
 def common_inputs(steps: int, cfg: float) -> list[io.Input]:
@@ -49,8 +50,9 @@ def schedule(model: ModelPatcher, steps: int, skipped: int) -> Tensor:
     return leading_sigmas(model.get_model_object("model_sampling").sigmas.cpu(), steps)[skipped:]
 
 
-def answer(model: ModelPatcher, trajectory: Trajectory, sampler: comfy.samplers.Sampler) -> io.NodeOutput:
-    return io.NodeOutput(trajectory, *noise_and_sigmas_of(model, trajectory), sampler)
+def answer(model: ModelPatcher, cost: Cost, trajectory: Trajectory, sampler: comfy.samplers.Sampler) -> io.NodeOutput:
+    outputs = trajectory, *noise_and_sigmas_of(model, trajectory), sampler
+    return io.NodeOutput(*outputs, ui=spent(cost, trajectory))
 
 
 class EditFriendlyInversion(io.ComfyNode):
@@ -100,7 +102,8 @@ class EditFriendlyInversion(io.ComfyNode):
             raise ValueError(f"Edit Friendly Inversion leaves out all {steps} steps at skip {skip:g}: lower skip.")
         sigmas = schedule(model, steps, skipped)
         guidance = Guidance(source, negative, cfg)
-        return answer(model, *invert_edit_friendly(model, guidance, image["samples"], sigmas, eta, seed))
+        model, cost = metered(model)
+        return answer(model, cost, *invert_edit_friendly(model, guidance, image["samples"], sigmas, eta, seed))
 
 
 class EDICTInversion(io.ComfyNode):
@@ -142,4 +145,5 @@ class EDICTInversion(io.ComfyNode):
             raise ValueError(f"EDICT Inversion runs none of {steps} steps at strength {strength:g}: raise strength.")
         guidance = Guidance(source, negative, cfg)
         sigmas = schedule(model, steps, skipped)
-        return answer(model, *invert_edict(model, guidance, image["samples"], sigmas, mixing))
+        model, cost = metered(model)
+        return answer(model, cost, *invert_edict(model, guidance, image["samples"], sigmas, mixing))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
+from server import PromptServer
 
 from . import (
+    alignment_view,
     blend,
     conditioning,
     cross_attention,
@@ -60,5 +62,8 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class Palimpsest(ComfyExtension):
+    async def on_load(self) -> None:
+        PromptServer.instance.routes.post("/palimpsest/alignment")(alignment_view.answer)
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

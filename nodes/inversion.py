@@ -7,12 +7,13 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io
 
+from ..host.cost import metered
 from ..host.model import noise_latent
 from ..host.refusals import check_no_mask
 from ..inversion.resample import ddim_sigmas
 from ..inversion.run import Guidance, Refinement, invert, record
 from . import sockets
-from .widgets import image_to_invert, inverting_negative, noise_and_sigmas, noise_and_sigmas_of
+from .widgets import image_to_invert, inverting_negative, noise_and_sigmas, noise_and_sigmas_of, spent
 
 LEADING = "ddim (diffusers leading)"
 
@@ -129,8 +130,9 @@ class DDIMInversion(io.ComfyNode):
             model_sampling = model.get_model_object("model_sampling")
             sigmas = comfy.samplers.calculate_sigmas(model_sampling, schedule, steps).cpu()
         refinement = Refinement(iterations, average, autocorrelation, kl)
+        model, cost = metered(model)
         trajectory = invert(model, Guidance(source, negative, cfg), image["samples"], sigmas, refinement)
-        return io.NodeOutput(trajectory, *noise_and_sigmas_of(model, trajectory))
+        return io.NodeOutput(trajectory, *noise_and_sigmas_of(model, trajectory), ui=spent(cost, trajectory))
 
 
 class RecordTrajectory(io.ComfyNode):
@@ -194,5 +196,7 @@ class RecordTrajectory(io.ComfyNode):
         else:
             noise = torch.zeros_like(samples)
         guidance = Guidance(positive, negative, cfg)
+        model, cost = metered(model)
         trajectory, image = record(model, guidance, sampler, sigmas, noise, samples, noise_seed)
-        return io.NodeOutput(trajectory, {"samples": image}, {"samples": noise_latent(model, trajectory)})
+        noise = noise_latent(model, trajectory)
+        return io.NodeOutput(trajectory, {"samples": image}, {"samples": noise}, ui=spent(cost, trajectory))

@@ -9,7 +9,8 @@ from ..attention.alignment import ALIGNMENTS, carry_over, join, same_prompt
 from ..attention.editing import rewrite
 from ..host.conditioning import copied
 from ..host.quote import shortened
-from . import sockets
+from ..host.tokens import unknown_words
+from . import alignment_view, sockets
 
 
 class PromptEdit(io.ComfyNode):
@@ -78,7 +79,8 @@ class PromptEdit(io.ComfyNode):
         source, target, edit = rewrite(clip, source_prompt, target_prompt, alignment)
         (words,), (alignment,) = edit.targets, edit.alignments
         picture = alignment_picture.draw(edit.source, words, carry_over(edit.source, words, alignment))
-        return io.NodeOutput(source, target, edit, picture)
+        shown = alignment_view.outputs(edit.source, words, alignment, unknown_words(clip, edit.source, words))
+        return io.NodeOutput(source, target, edit, picture, ui=shown)
 
 
 class BatchPromptEdits(io.ComfyNode):

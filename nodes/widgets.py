@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from comfy.model_patcher import ModelPatcher
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..host.cost import Cost
 from ..host.model import noise_latent
 from ..host.trajectory import Trajectory
 from . import files
@@ -63,6 +64,11 @@ def noise_and_sigmas() -> list[io.Output]:
 def noise_and_sigmas_of(model: ModelPatcher, trajectory: Trajectory) -> tuple[dict, Tensor]:
     """These outputs. Copies: a sampler may write to the sigmas that it is given."""
     return {"samples": noise_latent(model, trajectory)}, trajectory.sigmas.clone()
+
+
+def spent(cost: Cost, trajectory: Trajectory) -> ui.PreviewText:
+    """What a node's runs cost and how large what they made is, for the frontend to show under the node."""
+    return ui.PreviewText(f"{cost.told}; trajectory {trajectory.bytes / 2**20:,.1f} MB.")
 
 
 def drawn(mask: Tensor) -> Tensor:

@@ -131,9 +131,14 @@ class Tiny:
 
 def execute(node: type[io.ComfyNode], **inputs) -> tuple:
     """A node's outputs, its widgets at their defaults but for `inputs`."""
+    return run(node, **inputs).result
+
+
+def run(node: type[io.ComfyNode], **inputs) -> io.NodeOutput:
+    """As execute, with what the frontend is sent."""
     widgets = [slot for slot in node.GET_SCHEMA().inputs if isinstance(slot, io.WidgetInput)]
     defaults = {slot.id: slot.default if slot.default is not None else slot.options[0] for slot in widgets}
-    return node.execute(**defaults | inputs).result
+    return node.execute(**defaults | inputs)
 
 
 def pieces(text: str, length: int = 77) -> list[str]:
