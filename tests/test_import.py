@@ -20,7 +20,7 @@ CLEAN = """
 from in_host import prepare
 prepare()
 import asyncio, sys, time
-import nodes  # brings what the host has loaded before it comes to the packs
+import nodes, server  # bring what the host has loaded before it comes to the packs
 import comfy.samplers, comfy.model_patcher, comfy.model_base, comfy.sd, comfy.ldm.modules.attention
 import folder_paths, latent_preview
 from comfy_api.latest import io
