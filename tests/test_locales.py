@@ -1,4 +1,4 @@
-"""The nodes and their help in other languages: nothing missing, left over, in English or older than the English."""
+"""The nodes and their help in other languages: nothing missing, left over, untranslated or older than the English."""
 
 from __future__ import annotations
 
