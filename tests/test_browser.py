@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from browser import PROGRAMS, Page, find_browser, open_browser
 from example_workflows import WITHOUT_DOWNLOAD, api_form, overlaps, ui_form
-from host_server import HostServer, Prompt
+from host_server import HostServer, Prompt, Run
 
 RUN_BUTTON = "[data-testid=queue-button]"
 STEPS = 8  # not as many as in test_workflows.py, whose results the server still holds
@@ -66,6 +67,16 @@ def converted(page: Page) -> Prompt:
     return page.evaluate("app.graphToPrompt().then(prompt => prompt.output)")
 
 
+def run_since(server: HostServer, before: dict) -> Run:
+    """The one run that the history has besides `before`: a picture is shown while its run has yet to end."""
+    end = time.monotonic() + 60
+    while not (new := server.get_json("/history").keys() - before.keys()):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    (prompt_id,) = new
+    return server.finished(prompt_id)
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name == "null-text" else ()) for name in WITHOUT_DOWNLOAD]
 )
@@ -80,8 +91,7 @@ def test_opens_and_runs(page: Page, server: HostServer, name: str, tmp_path: Pat
     page.click(RUN_BUTTON)
     page.wait_for(f"({NODES}).find(node => node.type === 'SaveImage').imgs?.[0]?.naturalWidth > 0", seconds=120)
     page.screenshot(tmp_path / f"{name}.png")
-    (prompt_id,) = server.get_json("/history").keys() - before.keys()
-    run = server.finished(prompt_id)
+    run = run_since(server, before)
     assert not run.errors
     assert run.images()
     assert complaints(page) == []
@@ -94,16 +104,24 @@ def press(page: Page, key: str, code: int) -> None:
         page.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
 
+def click_canvas(page: Page, count: int = 1) -> None:
+    for kind in ("mousePressed", "mouseReleased"):
+        page.send("Input.dispatchMouseEvent", type=kind, x=900, y=500, button="left", clickCount=count)
+
+
 def find_node(page: Page, text: str) -> None:
     """Opens the search by a double click on the canvas, types, and takes the first answer."""
+    page.evaluate("new Promise(resolve => setTimeout(resolve, 3000))")  # for clicks on it to be heard
     for count in (1, 2):
-        for kind in ("mousePressed", "mouseReleased"):
-            page.send("Input.dispatchMouseEvent", type=kind, x=900, y=500, button="left", clickCount=count)
+        click_canvas(page, count)
+    page.screenshot(Path("/tmp/fail.png"))
     page.wait_for("document.activeElement?.tagName === 'INPUT'")
     page.send("Input.insertText", text=text)
     page.wait_for(f"document.body.innerText.includes({text!r})")
     page.evaluate("new Promise(resolve => setTimeout(resolve, 1000))")  # the list follows what is typed
     press(page, "Enter", 13)
+    page.wait_for(f"({NODES}).length === 1")
+    click_canvas(page)  # where it is to stand
 
 
 CONNECT = """(() => {
@@ -141,10 +159,10 @@ def test_the_block_edits_from_an_empty_canvas(page: Page, server: HostServer, tm
     page.click(RUN_BUTTON)
     page.wait_for(f"({NODES}).find(node => node.type === 'SaveImage').imgs?.[0]?.naturalWidth > 0", seconds=120)
     page.screenshot(tmp_path / "block.png")
-    (prompt_id,) = server.get_json("/history").keys() - before.keys()
-    assert not server.finished(prompt_id).errors
+    assert not run_since(server, before).errors
     assert complaints(page) == []
 
+    before = server.get_json("/history")
     page.evaluate(
         "(() => { const [block] = app.rootGraph.nodes;"
         "block.disconnectInput(block.inputs.findIndex(slot => slot.name === 'source_prompt'));"
@@ -152,6 +170,5 @@ def test_the_block_edits_from_an_empty_canvas(page: Page, server: HostServer, tm
     )
     page.click(RUN_BUTTON)
     page.wait_for(f"document.querySelector('{COMPLAINTS}')")
-    (failed,) = server.get_json("/history").keys() - before.keys() - {prompt_id}
-    (error,) = server.finished(failed).errors
+    (error,) = run_since(server, before).errors
     assert "The source prompt is empty" in error
