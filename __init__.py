@@ -13,11 +13,11 @@ API = {
     "Settings": "attention.p2p",
     "Trajectory": "host.trajectory",
     "Window": "attention.p2p",
-    "ddim_sigmas": "inversion.resample",
+    "ddim_sigmas": "inversion.run",
     "invert": "inversion.run",
     "prompt_to_prompt": "attention.editing",
     "record": "inversion.run",
-    "resample": "inversion.resample",
+    "resample": "inversion.run",
     "rewrite": "attention.editing",
 }
 """What `from palimpsest import ...` gives, and where it is."""

@@ -10,10 +10,17 @@ from comfy_api.latest import io
 from ..host.cost import metered
 from ..host.model import noise_latent
 from ..host.refusals import check_no_mask
-from ..inversion.resample import ddim_sigmas
-from ..inversion.run import Guidance, Refinement, invert, record
+from ..inversion.run import Guidance, Refinement, ddim_sigmas, invert, record
 from . import sockets
-from .widgets import image_to_invert, inverting_negative, noise_and_sigmas, noise_and_sigmas_of, spent
+from .widgets import (
+    encoder,
+    image_to_invert,
+    inverting_negative,
+    latent_of,
+    noise_and_sigmas,
+    noise_and_sigmas_of,
+    spent,
+)
 
 LEADING = "ddim (diffusers leading)"
 
@@ -34,8 +41,8 @@ class DDIMInversion(io.ComfyNode):
             category="Palimpsest/invert",
             description=(
                 "Finds the noise that a deterministic sampler turns back into your image, and keeps every step on the "
-                "way. Connect the trajectory to the edit nodes, and noise and sigmas to SamplerCustom. Edits look the "
-                "source up in the trajectory, which is Direct Inversion."
+                "way. Connect the trajectory to the edit nodes and to Edit Sampler. Edits look the source up in the "
+                "trajectory, which is Direct Inversion."
             ),
             search_aliases=[
                 "invert",
@@ -68,11 +75,10 @@ class DDIMInversion(io.ComfyNode):
                     "schedule",
                     options=[LEADING, *comfy.samplers.SCHEDULER_NAMES],
                     default=LEADING,
-                    advanced=True,
                     tooltip=(
-                        "Which noise levels to visit. The default is that of the papers and of diffusers; KSampler "
-                        "Advanced fits it with ddim_uniform at 10, 20, 25, 40, 50 or 100 steps. For other steps choose "
-                        "the scheduler of your KSampler Advanced here, or use SamplerCustom."
+                        "Which noise levels to visit. The default is that of the papers and of diffusers; Edit Sampler "
+                        "fits any. KSampler Advanced fits the default with ddim_uniform at 10, 20, 25, 40, 50 or 100 "
+                        "steps; otherwise choose its scheduler here."
                     ),
                 ),
                 inverting_negative(),
@@ -101,6 +107,7 @@ class DDIMInversion(io.ComfyNode):
                 ),
                 weight("autocorrelation", "How strongly the noise is kept from repeating itself. Paper: 20; 0 is off."),
                 weight("kl", "How strongly the noise is kept at mean 0 and variance 1. Paper: 20; 0 is off."),
+                encoder(),
             ],
             outputs=[
                 sockets.Trajectory.Output("trajectory", tooltip="The image at every noise level, for the edit nodes."),
@@ -122,8 +129,9 @@ class DDIMInversion(io.ComfyNode):
         average=1,
         autocorrelation=0.0,
         kl=0.0,
+        vae=None,
     ) -> io.NodeOutput:
-        check_no_mask(image, "DDIM Inversion")
+        samples = latent_of(image, vae, "DDIM Inversion")
         if schedule == LEADING:
             sigmas = ddim_sigmas(model, steps)
         else:
@@ -131,7 +139,7 @@ class DDIMInversion(io.ComfyNode):
             sigmas = comfy.samplers.calculate_sigmas(model_sampling, schedule, steps).cpu()
         refinement = Refinement(iterations, average, autocorrelation, kl)
         model, cost = metered(model)
-        trajectory = invert(model, Guidance(source, negative, cfg), image["samples"], sigmas, refinement)
+        trajectory = invert(model, Guidance(source, negative, cfg), samples, sigmas, refinement)
         return io.NodeOutput(trajectory, *noise_and_sigmas_of(model, trajectory), ui=spent(cost, trajectory))
 
 

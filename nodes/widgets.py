@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..host.cost import Cost
 from ..host.model import noise_latent
+from ..host.refusals import check_no_mask
 from ..host.trajectory import Trajectory
 from . import files
 
@@ -25,8 +27,30 @@ def image_to_invert() -> list[io.Input]:
         io.Conditioning.Input(
             "source", tooltip="The prompt that says what the image shows: Prompt Edit's source output."
         ),
-        io.Latent.Input("image", tooltip="The image or batch of images, from VAE Encode."),
+        io.MultiType.Input(
+            "image", [io.Latent, io.Image], tooltip="The image or batch of images, beside vae or from VAE Encode."
+        ),
     ]
+
+
+def encoder() -> io.Vae.Input:
+    """What encodes an image that is no latent yet."""
+    return io.Vae.Input(
+        "vae", optional=True, tooltip="The VAE that belongs to the model; not needed where image is a latent."
+    )
+
+
+def latent_of(image: dict | Tensor, vae: VAE | None, node: str) -> Tensor:
+    """[b, c, h, w]: a LATENT's samples, or what VAE Encode makes of an IMAGE.
+
+    Raises ValueError for an image without a VAE, and for a latent with a noise mask.
+    """
+    if isinstance(image, dict):
+        check_no_mask(image, node)
+        return image["samples"]
+    if vae is None:
+        raise ValueError(f"{node} was given an image but no vae: connect vae, or VAE Encode in between.")
+    return vae.encode(image)
 
 
 def inverting_negative() -> io.Input:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from browser import Page
 from example_workflows import COMPARER, WITHOUT_DOWNLOAD, api_form, overlaps, ui_form
-from host_server import HostServer, Prompt
+from host_server import HostServer, Prompt, Run
 
 RUN_BUTTON = "[data-testid=queue-button]"
 STEPS = 8  # not as many as in test_workflows.py, whose results the server still holds
@@ -54,6 +55,16 @@ def converted(page: Page) -> Prompt:
     return prompt
 
 
+def run_since(server: HostServer, before: dict) -> Run:
+    """The one run that the history has besides `before`: a picture is shown while its run has yet to end."""
+    end = time.monotonic() + 60
+    while not (new := server.get_json("/history").keys() - before.keys()):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    (prompt_id,) = new
+    return server.finished(prompt_id)
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name == "null-text" else ()) for name in WITHOUT_DOWNLOAD]
 )
@@ -68,10 +79,84 @@ def test_opens_and_runs(page: Page, server: HostServer, name: str, tmp_path: Pat
     page.click(RUN_BUTTON)
     page.wait_for(f"({NODES}).find(node => node.type === 'SaveImage').imgs?.[0]?.naturalWidth > 0", seconds=120)
     page.screenshot(tmp_path / f"{name}.png")
-    (prompt_id,) = server.get_json("/history").keys() - before.keys()
-    run = server.finished(prompt_id)
+    run = run_since(server, before)
     assert not run.errors
     assert run.images()
     assert complaints(page) == []
     assert overlaps(page.evaluate("app.rootGraph.serialize().nodes")) == []
     assert [error for error in page.errors if not error.startswith(HARMLESS)] == []
+
+
+def press(page: Page, key: str, code: int) -> None:
+    for kind in ("keyDown", "keyUp"):
+        page.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
+
+def click_canvas(page: Page, count: int = 1) -> None:
+    for kind in ("mousePressed", "mouseReleased"):
+        page.send("Input.dispatchMouseEvent", type=kind, x=900, y=500, button="left", clickCount=count)
+
+
+def find_node(page: Page, text: str) -> None:
+    """Opens the search by a double click on the canvas, types, and takes the first answer."""
+    page.evaluate("new Promise(resolve => setTimeout(resolve, 3000))")  # for clicks on it to be heard
+    for count in (1, 2):
+        click_canvas(page, count)
+    page.screenshot(Path("/tmp/fail.png"))
+    page.wait_for("document.activeElement?.tagName === 'INPUT'")
+    page.send("Input.insertText", text=text)
+    page.wait_for(f"document.body.innerText.includes({text!r})")
+    page.evaluate("new Promise(resolve => setTimeout(resolve, 1000))")  # the list follows what is typed
+    press(page, "Enter", 13)
+    page.wait_for(f"({NODES}).length === 1")
+    click_canvas(page)  # where it is to stand
+
+
+CONNECT = """(() => {
+    const [block] = app.rootGraph.nodes;
+    const made = type => { const node = LiteGraph.createNode(type); app.rootGraph.add(node); return node; };
+    const [model, scene, save] = ["PalimpsestLoadDemoModel", "PalimpsestDemoScene", "SaveImage"].map(made);
+    const input = (node, name) => node.inputs.findIndex(slot => slot.name === name);
+    ["model", "clip", "vae"].forEach((name, slot) => model.connect(slot, block, input(block, name)));
+    scene.connect(0, block, input(block, "image"));
+    scene.connect(1, block, input(block, "source_prompt"));
+    scene.connect(2, block, input(block, "target_prompt"));
+    block.connect(0, save, input(save, "images"));
+    block.widgets.find(widget => widget.name === "steps").value = 4;
+    return [...app.rootGraph.links.values()].length;
+})()"""
+
+
+def test_the_block_edits_from_an_empty_canvas(page: Page, server: HostServer, tmp_path: Path) -> None:
+    """Found by what it does; then the run ends with a picture, or with a sentence about the block's own input."""
+    before = server.get_json("/history")
+    page.open(server.url)
+    page.wait_for(f"window.app?.isGraphReady && {SETTLED}", seconds=90)
+    page.evaluate("app.rootGraph.clear()")
+    find_node(page, "Edit Image by Prompt")
+    page.wait_for(f"({NODES})[0]?.title === 'Edit Image by Prompt'")
+    labels = page.evaluate("app.rootGraph.nodes[0].inputs.map(slot => slot.label ?? slot.name)")
+    assert labels[3:] == [
+        "image",
+        "source prompt: what it shows",
+        "target prompt: what it should show",
+        "cfg: how strong",
+        "steps",
+    ]
+    assert page.evaluate(CONNECT) == 7
+    page.click(RUN_BUTTON)
+    page.wait_for(f"({NODES}).find(node => node.type === 'SaveImage').imgs?.[0]?.naturalWidth > 0", seconds=120)
+    page.screenshot(tmp_path / "block.png")
+    assert not run_since(server, before).errors
+    assert complaints(page) == []
+
+    before = server.get_json("/history")
+    page.evaluate(
+        "(() => { const [block] = app.rootGraph.nodes;"
+        "block.disconnectInput(block.inputs.findIndex(slot => slot.name === 'source_prompt'));"
+        "block.widgets.find(widget => widget.name === 'source_prompt').value = ' '; })()"
+    )
+    page.click(RUN_BUTTON)
+    page.wait_for(f"document.querySelector('{COMPLAINTS}')")
+    (error,) = run_since(server, before).errors
+    assert "The source prompt is empty" in error

@@ -68,7 +68,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, demo: tuple, folders: None) -> None:
-    run, model, (_, clip, _), image = Workflow(), tiny.model, demo, {"samples": tiny.image}
+    run, model, (unet, clip, vae), image = Workflow(), tiny.model, demo, {"samples": tiny.image}
     source, target, edit, _ = run("PromptEdit", clip=clip)
     *_, other, _ = run("PromptEdit", clip=clip, target_prompt="a green circle on a blue background")
     run("BatchPromptEdits", prompt_edits={"prompt_edit_1": edit, "prompt_edit_2": other})
@@ -108,8 +108,10 @@ def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, demo: tuple, fold
     run("NegativePromptGuidance", **edited, empty=source)
     run("ProximalGuidance", **edited)
     run("NegativePromptGuider", model=model, positive=target, negative=source, empty=source)
-    run("DemoScene")
     run("LoadDemoModel")
+    scene, *_ = run("DemoScene")
+    found, *_ = run("DDIMInversion", model=unet, source=source, image=scene, vae=vae, steps=1)
+    run("EditSampler", model=unet, trajectory=found, positive=target, vae=vae)
     assert run.executed == {node.GET_SCHEMA().node_id for node in NODES}
     assert len(run.kept) > 20
     assert [(run.plain[at], run.kept[at]) for at in run.plain.keys() & run.kept.keys()] == []
