@@ -440,7 +440,7 @@ def serve(options: argparse.Namespace) -> int:
     try:
         with Host(setup, options.port, DEV / "serve.log", *flags, echo=True) as host:
             host.wait_until_ready()
-            # With a template named, the frontend does not begin with the gallery of the host's own, which are not installed.
+            # Without a template the frontend opens the gallery of the host's own, which are not installed.
             say("serve", f"ready at {host.url}/?template=edit-real-image&source=palimpsest (Ctrl-C stops it)")
             while True:
                 host.pause("serving")
