@@ -359,8 +359,6 @@ def help_section(page: str) -> str:
         "says what to change. Store: what comes of it with an attention store. Invert: the MODEL to invert and record",
         "with.",
         "",
-        "| ComfyUI's node | This edit |",
-        "|---|---|",
     ]
     for row in ROWS:
         usual, *special = EDITORS[page]
@@ -368,11 +366,11 @@ def help_section(page: str) -> str:
         for kind in special:
             if row.outcome(kind) != row.outcome(usual):
                 edit += f"; {kind}: {told(row.outcome(kind), 'works')}"
-        sentences = [edit[0].upper() + edit[1:]]
+        sentences = [edit]
         if row.outcome(usual) is None:
             sentences.append(f"Store: {row.store if isinstance(row.store, str) else told(row.store)}")
         if row.inversion is not None:
             inversion = row.inversion.advice if isinstance(row.inversion, Refused) else row.inversion
             sentences.append(f"Invert: {inversion}")
-        lines.append(f"| {row.name} | {'. '.join(sentences)}. |")
+        lines.append(f"- {row.name}: {'. '.join(sentences)}.")
     return "\n".join([*lines, "", ""])
