@@ -139,14 +139,12 @@ CONNECT = """(() => {
 })()"""
 
 
-def test_the_block_edits_from_an_empty_canvas(page: Page, server: HostServer, tmp_path: Path) -> None:
-    """Found by what it does; then the run ends with a picture, or with a sentence about the block's own input."""
-    before = server.get_json("/history")
+def place_block(page: Page, server: HostServer) -> None:
+    """Finds the block from an empty canvas, and wires it to the demo model and a scene."""
     page.open(server.url)
     page.wait_for(f"window.app?.isGraphReady && {SETTLED}", seconds=90)
     page.evaluate("app.rootGraph.clear()")
     find_node(page, "Edit Image by Prompt")
-    page.wait_for(f"({NODES})[0]?.title === 'Edit Image by Prompt'")
     labels = page.evaluate("app.rootGraph.nodes[0].inputs.map(slot => slot.label ?? slot.name)")
     assert labels[3:] == [
         "image",
@@ -156,13 +154,21 @@ def test_the_block_edits_from_an_empty_canvas(page: Page, server: HostServer, tm
         "steps",
     ]
     assert page.evaluate(CONNECT) == 5
+
+
+def test_the_block_edits_from_an_empty_canvas(page: Page, server: HostServer, tmp_path: Path) -> None:
+    before = server.get_json("/history")
+    place_block(page, server)
     page.click(RUN_BUTTON)
     page.wait_for(f"({NODES}).find(node => node.type === 'SaveImage').imgs?.[0]?.naturalWidth > 0", seconds=120)
     page.screenshot(tmp_path / "block.png")
     assert not run_since(server, before).errors
     assert complaints(page) == []
 
+
+def test_bad_input_in_the_block_is_told_by_its_own_name(page: Page, server: HostServer) -> None:
     before = server.get_json("/history")
+    place_block(page, server)
     page.evaluate("app.rootGraph.nodes[0].widgets.find(widget => widget.name === 'source_prompt').value = ' '")
     page.click(RUN_BUTTON)
     page.wait_for(f"document.querySelector('{COMPLAINTS}')")
