@@ -105,6 +105,7 @@ def press(page: Page, key: str, code: int) -> None:
 
 
 def click_canvas(page: Page, count: int = 1) -> None:
+    page.send("Input.dispatchMouseEvent", type="mouseMoved", x=900, y=500, button="none")
     for kind in ("mousePressed", "mouseReleased"):
         page.send("Input.dispatchMouseEvent", type=kind, x=900, y=500, button="left", clickCount=count)
 
@@ -171,6 +172,6 @@ def test_bad_input_in_the_block_is_told_by_its_own_name(page: Page, server: Host
     place_block(page, server)
     page.evaluate("app.rootGraph.nodes[0].widgets.find(widget => widget.name === 'source_prompt').value = ' '")
     page.click(RUN_BUTTON)
-    page.wait_for(f"document.querySelector('{COMPLAINTS}')")
     (error,) = run_since(server, before).errors
     assert "The source prompt is empty" in error
+    page.wait_for(f"document.querySelector('{COMPLAINTS}') !== null")
