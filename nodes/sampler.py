@@ -23,6 +23,7 @@ class EditSampler(io.ComfyNode):
             ),
             search_aliases=[
                 "edit image",
+                "edit photo",
                 "sample edit",
                 "image editing",
                 "edit ksampler",
