@@ -22,6 +22,7 @@ class EditSampler(io.ComfyNode):
             ),
             search_aliases=[
                 "edit image",
+                "edit photo",
                 "sample edit",
                 "image editing",
                 "edit ksampler",
