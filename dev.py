@@ -440,7 +440,8 @@ def serve(options: argparse.Namespace) -> int:
     try:
         with Host(setup, options.port, DEV / "serve.log", *flags, echo=True) as host:
             host.wait_until_ready()
-            say("serve", f"ready at {host.url} (Ctrl-C stops it)")
+            # Without a template the frontend opens the gallery of the host's own, which are not installed.
+            say("serve", f"ready at {host.url}/?template=edit-real-image&source=palimpsest (Ctrl-C stops it)")
             while True:
                 host.pause("serving")
     except KeyboardInterrupt:

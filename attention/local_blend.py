@@ -6,6 +6,7 @@ target's phrases are attended to: z_target := z_source + mask (z_target - z_sour
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
 from .alignment import same_prompt
+from .heatmap import colored
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class LocalBlend:
     start: fraction of the schedule before which nothing is blended.
     soft: latent pixels over which the mask by words falls to 0 outside its edge.
     user: [1 or b, h, w] in 0..1 at any resolution, or None. unite: whether it adds to the mask by words or limits it.
+    show: gets, with every mask, what draws the phrases' maps that it is made of, [h, w, 3] in 0..1; or None.
     """
 
     columns: tuple[Tensor, Tensor] | None
@@ -37,6 +40,7 @@ class LocalBlend:
     soft: int
     user: Tensor | None
     unite: bool
+    show: Callable[[Callable[[], Tensor]], None] | None = None
 
     def check(self, positive: Tensor, batch: int) -> None:
         if self.target is not None and not same_prompt(positive, self.target):
@@ -61,6 +65,8 @@ class LocalBlend:
         user = None if self.user is None else interpolate(self.user[:, None], size, mode="area")
         if source is None:
             return user
+        if self.show is not None:
+            self.show(lambda: heat_picture(torch.cat([maps[0, : self.phrases] for maps in (source, target)])))
         words = self._region(source, target, size, slice(self.phrases), self.threshold, pool=True)
         if source.shape[1] > self.phrases:
             words &= ~self._region(source, target, size, slice(self.phrases, None), self.subtract_threshold, pool=False)
@@ -76,6 +82,12 @@ class LocalBlend:
         """[b, 1, *size], True where any of the phrases is attended to in either prompt."""
         either = [phrase_masks(maps[:, which], size, threshold, pool) for maps in (source, target)]
         return (either[0] | either[1]).any(1, keepdim=True)
+
+
+def heat_picture(maps: Tensor) -> Tensor:
+    """[h, w, 3]: maps [n, h, w] in colours, at each position the hottest, each relative to its maximum."""
+    heat = maps.float() / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)
+    return colored(heat.amax(0, keepdim=True), None)[0]
 
 
 def phrase_masks(maps: Tensor, size: tuple[int, int], threshold: float, pool: bool) -> Tensor:

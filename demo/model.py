@@ -8,6 +8,7 @@ they leave out. One fp16 safetensors file holds all of it.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import comfy.latent_formats
@@ -21,6 +22,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from einops import rearrange
 from torch import Tensor, nn
+
+from .tokenizer import DemoTokenizer
 
 WEIGHTS = Path(__file__).parent / "demo-model.safetensors"
 
@@ -171,7 +174,8 @@ def _load_unet(weights: dict[str, Tensor], autoencoder: Autoencoder) -> ModelPat
 
 
 def _load_clip(weights: dict[str, Tensor]) -> comfy.sd.CLIP:
-    target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)
+    tokenizer = partial(DemoTokenizer, weights["text.ids"].tolist())
+    target = comfy.supported_models_base.ClipTarget(tokenizer, comfy.sd1_clip.SD1ClipModel)
     clip = comfy.sd.CLIP(target, model_options={"clip_l_model_config": TEXT, "dtype": torch.float32})
     text = _part(weights, "text.model.")
     tokens = weights["text.tokens"].float()

@@ -11,6 +11,7 @@ from .storage import Format, read, write
 
 FORMAT = Format("palimpsest.conditioning/1", "conditioning", "Save Conditioning")
 KEY = "conditioning"
+SEED = "seed"  # an option that takes the place of the sampler's own where the host encodes the conditioning
 
 
 def copied(conditioning: list) -> list:

@@ -14,6 +14,7 @@ from comfy.samplers import KSAMPLER, CFGGuider, Sampler
 from torch import Tensor
 
 from .alone import ALIKE, apart
+from .conditioning import SEED
 from .layer import Layer
 from .model import identity
 from .sampler import OwnSampler, Run
@@ -31,8 +32,8 @@ NOISE_OFF = (
     "SamplerCustomAdvanced with DisableNoise"
 )
 OTHER_START = (
-    "The sampler does not start from the trajectory's own noise: connect the noise latent that came with this "
-    f"trajectory to latent_image, {NOISE_OFF}."
+    "The sampler does not start from the trajectory's own noise: use Edit Sampler, or connect the noise latent that "
+    f"came with this trajectory to latent_image, {NOISE_OFF}."
 )
 RANGES = ("start_percent", "end_percent")
 NEGATIVES = "palimpsest.negatives"  # key of Negative Prompt Guidance's wrappers
@@ -287,6 +288,12 @@ def check_replay(node: str, trajectory: Trajectory, run: Run) -> None:
     """Raises ValueError for a run that the sampler which `node` made for `trajectory` cannot give the image back in."""
     check_same_model(run.guider.model_patcher, trajectory)
     check_every_call(run.guider.model_patcher, f"The sampler of {node}")
+    own, seed = trajectory.conditioning[0][1], run.arguments["seed"]
+    if "unclip_conditioning" in own and seed != own[SEED]:
+        raise ValueError(
+            f"unCLIPConditioning draws noise by the sampler's seed, and at {seed} the sampler of {node} cannot give "
+            f"the image back: set noise_seed to {own[SEED]}."
+        )
     sigmas, latent = run.sigmas, run.latent
     if run.denoise_mask is not None:
         raise ValueError(
@@ -296,14 +303,15 @@ def check_replay(node: str, trajectory: Trajectory, run: Run) -> None:
     if len(sigmas) != len(own) or not torch.allclose(sigmas, own, rtol=1e-4):
         raise ValueError(
             f"The sampler of {node} runs {trajectory.steps} steps from sigma {float(own[0]):.4g}, but was given "
-            f"{len(sigmas) - 1} from sigma {float(sigmas[0]):.4g}: connect the sigmas output of the same node."
+            f"{len(sigmas) - 1} from sigma {float(sigmas[0]):.4g}: use Edit Sampler, or connect the sigmas output of "
+            "the same node."
         )
     start = trajectory.states[0].to(latent)
     fits = latent.shape[1:] == start.shape[1:] and len(start) in (1, len(latent))
     if not fits or (latent - start).norm() > 1e-3 * start.expand_as(latent).norm():
         raise ValueError(
-            f"The sampler of {node} starts from its own noise, but latent_image is another latent: connect the noise "
-            "output of the same node."
+            f"The sampler of {node} starts from its own noise, but latent_image is another latent: use Edit Sampler, "
+            "or connect the noise output of the same node."
         )
 
 
@@ -316,11 +324,11 @@ def _fitting_schedule(name: str) -> str:
     if name in SHORTENED:
         return (
             f"KSampler Advanced takes a sigma out of any schedule for '{SHORTENED[name]}', so choose euler there, or "
-            "connect the trajectory's SIGMAS to SamplerCustom"
+            "use Edit Sampler, or connect the trajectory's SIGMAS to SamplerCustom"
         )
     return (
-        "connect the trajectory's SIGMAS to SamplerCustom, or give DDIM Inversion the schedule and steps of your "
-        "KSampler Advanced"
+        "use Edit Sampler, or connect the trajectory's SIGMAS to SamplerCustom, or give DDIM Inversion the schedule "
+        "and steps of your KSampler Advanced"
     )
 
 

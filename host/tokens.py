@@ -8,6 +8,7 @@ from hashlib import sha256
 from itertools import groupby, islice
 
 from comfy.sd import CLIP
+from comfy.sd1_clip import SD1Tokenizer
 from torch import Tensor
 
 from ..attention.alignment import END, START, Words, words
@@ -16,7 +17,17 @@ Token = tuple[int | Tensor, float, int]
 """The host's: token or textual inversion vector, weight, stretch of the prompt; stretch 0 is start, end and padding."""
 
 
-def prompt_words(clip: CLIP, prompt: str, name: str) -> Words:
+class Tokens:
+    """Stands for a CLIP where nothing of it is wanted but how it divides prompts."""
+
+    def __init__(self, tokenizer: SD1Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def tokenize(self, prompt: str, return_word_ids: bool) -> dict[str, list[list[Token]]]:
+        return self.tokenizer.tokenize_with_weights(prompt, return_word_ids)
+
+
+def prompt_words(clip: CLIP | Tokens, prompt: str, name: str) -> Words:
     """The tokens and words of a prompt, which `name` names in errors.
 
     Raises ValueError for text encoders that are not CLIP, and where two of them divide the prompt differently.
@@ -34,6 +45,22 @@ def prompt_words(clip: CLIP, prompt: str, name: str) -> Words:
             "encoders of one length, and textual inversions with as many vectors for each of them."
         )
     return words(_texts(chunks, tokenizers[0].inv_vocab))
+
+
+def unknown_words(clip: CLIP | Tokens, *prompts: Words) -> list[str]:
+    """The words of prompts that the text encoder was not trained on, as far as its tokenizer tells."""
+    known = getattr(clip.tokenizer, "known", None)
+    if known is None:
+        return []
+    vocabulary = clip.tokenizer.clip_l.inv_vocab
+    pieces = {vocabulary[token] for token in known}
+    found = [
+        text
+        for words in prompts
+        for text, tokens in zip(words.texts, words.tokens, strict=True)
+        if not pieces.issuperset(words.pieces[i] for i in tokens)
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _places(chunks: list[list[Token]]) -> list[list[int | None]]:

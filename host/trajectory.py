@@ -59,6 +59,11 @@ class Trajectory(NamedTuple):
     def steps(self) -> int:
         return len(self.sigmas) - 1
 
+    @property
+    def bytes(self) -> int:
+        """What the states hold."""
+        return self.states.numel() * self.states.element_size()
+
     def index(self, sigma: float) -> int | None:
         """Where `sigma` stands in the schedule, or None."""
         return sigma_index(self.sigmas, sigma)

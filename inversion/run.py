@@ -1,4 +1,4 @@
-"""Image to trajectory on the host: DDIM inversion, and recording an ordinary sampling run."""
+"""Image to trajectory on the host: DDIM inversion, and recording an ordinary sampling run; and an edit's own run."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from comfy.samplers import CFGGuider, Sampler
+from comfy.samplers import CFGGuider, Sampler, sampler_object
 from torch import Tensor
 
 from ..host.alone import Conds, mixes_prompts
-from ..host.conditioning import copied
-from ..host.model import add_outermost, identity, prediction_type
+from ..host.conditioning import SEED, copied
+from ..host.model import add_outermost, identity, noise_latent, prediction_type
 from ..host.refusals import (
     check_deterministic,
     check_every_call,
     check_latent,
     check_same_answer,
+    check_same_model,
     check_unguided,
     check_unmixed,
 )
 from ..host.sampler import OwnSampler, Run
 from ..host.source import KEY, STATE
 from ..host.trajectory import Trajectory, sigma_index
+from .ddim import leading_sigmas
 from .fixed_point import fixed_point_step
 from .regularise import regularised
 
@@ -36,8 +38,8 @@ class Guidance(NamedTuple):
     """The conditionings of a run and its guidance scale; without `negative` only cfg 1 has a meaning."""
 
     positive: list
-    negative: list | None
-    cfg: float
+    negative: list | None = None
+    cfg: float = 1.0
 
     def guider(self, model: ModelPatcher) -> CFGGuider:
         guider = CFGGuider(model)
@@ -161,15 +163,43 @@ def record(
     states[len(sigmas) - 1] = model.model.process_latent_in(result).to("cpu", torch.float32)
     if len(states) < len(sigmas):
         raise ValueError("The sampler did not visit every sigma of its schedule: choose euler, ddim or dpmpp_2m.")
-    return as_trajectory(model, guidance, [states[i] for i in range(len(sigmas))], sigmas), result
+    return as_trajectory(model, guidance, [states[i] for i in range(len(sigmas))], sigmas, seed), result
 
 
 def sample(
     model: ModelPatcher, guidance: Guidance, sampler: Sampler, sigmas: Tensor, noise: Tensor, samples: Tensor, seed: int
 ) -> Tensor:
+    """A source's sampling by `host_sample`. Raises ValueError where another node mixes the prompts of a call."""
+    return host_sample(_unmixed(model), guidance, sampler, sigmas, noise, samples, seed)
+
+
+def ddim_sigmas(model: ModelPatcher, steps: int) -> Tensor:
+    """The schedule of the papers and of diffusers: [steps + 1] falling sigmas of the model's own table."""
+    return leading_sigmas(model.get_model_object("model_sampling").sigmas.cpu(), steps)
+
+
+def resample(model: ModelPatcher, trajectory: Trajectory, guidance: Guidance, sampler: Sampler | None = None) -> Tensor:
+    """What a run along the trajectory's sigmas makes of its noise: the latent [b, c, h, w] of SamplerCustom.
+
+    sampler: euler where none is given. Several targets of one image start from its noise each. Raises ValueError for
+    models and samplers that cannot follow the trajectory.
+    """
+    sampler = sampler or sampler_object("euler")
+    check_same_model(model, trajectory)
+    check_deterministic(sampler, trajectory.sigmas)
+    noise = noise_latent(model, trajectory)
+    if len(noise) == 1:
+        targets = max(len(embedding) for embedding, _ in guidance.positive)
+        noise = noise.repeat(targets, 1, 1, 1)
+    return host_sample(model, guidance, sampler, trajectory.sigmas, torch.zeros_like(noise), noise, seed=0)
+
+
+def host_sample(
+    model: ModelPatcher, guidance: Guidance, sampler: Sampler, sigmas: Tensor, noise: Tensor, samples: Tensor, seed: int
+) -> Tensor:
     """The host's sampling with progress and preview. Raises ValueError where it ends in NaN or infinite values."""
     callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
-    guider = guidance.guider(_unmixed(model))
+    guider = guidance.guider(model)
     quiet = not comfy.utils.PROGRESS_BAR_ENABLED
     result = guider.sample(noise, samples, sampler, sigmas.clone(), None, callback, quiet, seed)  # some write to them
     if not torch.isfinite(result).all():
@@ -224,7 +254,12 @@ def asked_twice(denoise: Callable[..., Tensor], node: str) -> Callable[..., Tens
     return denoise_alike
 
 
-def as_trajectory(model: ModelPatcher, guidance: Guidance, states: list[Tensor], sigmas: Tensor) -> Trajectory:
-    """The trajectory of a run's states [b, c, h, w] at each of `sigmas`."""
-    conditioning = copied(guidance.positive)
+def as_trajectory(
+    model: ModelPatcher, guidance: Guidance, states: list[Tensor], sigmas: Tensor, seed: int = 0
+) -> Trajectory:
+    """The trajectory of a run's states [b, c, h, w] at each of `sigmas`.
+
+    Its conditioning keeps the run's seed, by which the host draws the noise on unCLIP's images.
+    """
+    conditioning = [[embedding, options | {SEED: seed}] for embedding, options in copied(guidance.positive)]
     return Trajectory(torch.stack(states), sigmas.to("cpu", torch.float32, copy=True), conditioning, identity(model))

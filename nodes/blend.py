@@ -8,6 +8,7 @@ from torch.nn.functional import interpolate
 
 from ..attention.local_blend import LocalBlend
 from ..attention.phrases import changed_columns, phrase_columns, split_phrases
+from ..host.live import Live
 from ..host.source import attach_blend
 from . import sockets
 from .widgets import drawn, fraction
@@ -72,6 +73,7 @@ class LocalBlendNode(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output("model", tooltip="The model whose samples are the source outside the mask.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -106,6 +108,7 @@ class LocalBlendNode(io.ComfyNode):
             soft_edge,
             None if mask is None else drawn(mask),
             mask_mode == UNITE,
+            None if cls.hidden is None else Live(cls.hidden.unique_id).show,
         )
         return io.NodeOutput(attach_blend(model, trajectory, blend))
 

@@ -7,13 +7,21 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..host.refusals import check_no_mask
+from ..host.cost import Cost, metered
 from ..host.trajectory import Trajectory
-from ..inversion.ddim import leading_sigmas
 from ..inversion.replay import invert_edict, invert_edit_friendly
-from ..inversion.run import Guidance
+from ..inversion.run import Guidance, ddim_sigmas
 from . import sockets
-from .widgets import fraction, image_to_invert, inverting_negative, noise_and_sigmas, noise_and_sigmas_of
+from .widgets import (
+    encoder,
+    fraction,
+    image_to_invert,
+    inverting_negative,
+    latent_of,
+    noise_and_sigmas,
+    noise_and_sigmas_of,
+    spent,
+)
 
 
 def common_inputs(steps: int, cfg: float) -> list[io.Input]:
@@ -46,11 +54,12 @@ def outputs(sampler: str) -> list[io.Output]:
 
 
 def schedule(model: ModelPatcher, steps: int, skipped: int) -> Tensor:
-    return leading_sigmas(model.get_model_object("model_sampling").sigmas.cpu(), steps)[skipped:]
+    return ddim_sigmas(model, steps)[skipped:]
 
 
-def answer(model: ModelPatcher, trajectory: Trajectory, sampler: comfy.samplers.Sampler) -> io.NodeOutput:
-    return io.NodeOutput(trajectory, *noise_and_sigmas_of(model, trajectory), sampler)
+def answer(model: ModelPatcher, cost: Cost, trajectory: Trajectory, sampler: comfy.samplers.Sampler) -> io.NodeOutput:
+    outputs = trajectory, *noise_and_sigmas_of(model, trajectory), sampler
+    return io.NodeOutput(*outputs, ui=spent(cost, trajectory))
 
 
 class EditFriendlyInversion(io.ComfyNode):
@@ -63,7 +72,7 @@ class EditFriendlyInversion(io.ComfyNode):
             description=(
                 "Finds noise maps for a stochastic sampler that lead to your image exactly. The sampler output replays "
                 "them: with the same prompt and cfg they give the image, with another prompt an edit of it. Connect "
-                "noise, sigmas and sampler to SamplerCustom."
+                "trajectory and sampler to Edit Sampler, or noise, sigmas and sampler to SamplerCustom."
             ),
             search_aliases=["ddpm inversion", "edit friendly ddpm", "invert", "noise maps", "ledits", "real image"],
             inputs=[
@@ -88,19 +97,21 @@ class EditFriendlyInversion(io.ComfyNode):
                     advanced=True,
                     tooltip="How much noise a step has: 1 is DDPM. With less, the maps weigh less and the prompt more.",
                 ),
+                encoder(),
             ],
             outputs=outputs("Replays the noise maps from noise along sigmas, with any prompt and cfg."),
         )
 
     @classmethod
-    def execute(cls, model, source, image, steps, cfg, skip, seed, negative=None, eta=1.0) -> io.NodeOutput:
-        check_no_mask(image, "Edit Friendly Inversion")
+    def execute(cls, model, source, image, steps, cfg, skip, seed, negative=None, eta=1.0, vae=None) -> io.NodeOutput:
+        samples = latent_of(image, vae, "Edit Friendly Inversion")
         skipped = round(skip * steps)
         if skipped == steps:
             raise ValueError(f"Edit Friendly Inversion leaves out all {steps} steps at skip {skip:g}: lower skip.")
         sigmas = schedule(model, steps, skipped)
         guidance = Guidance(source, negative, cfg)
-        return answer(model, *invert_edit_friendly(model, guidance, image["samples"], sigmas, eta, seed))
+        model, cost = metered(model)
+        return answer(model, cost, *invert_edit_friendly(model, guidance, samples, sigmas, eta, seed))
 
 
 class EDICTInversion(io.ComfyNode):
@@ -113,7 +124,8 @@ class EDICTInversion(io.ComfyNode):
             description=(
                 "Inverts your image exactly, at any guidance, by moving two coupled copies of it up to noise. The "
                 "sampler output moves them down again: with the same prompt and cfg they give the image, with another "
-                "prompt an edit of it. Connect noise, sigmas and sampler to SamplerCustom."
+                "prompt an edit of it. Connect trajectory and sampler to Edit Sampler, or noise, sigmas and sampler "
+                "to SamplerCustom."
             ),
             search_aliases=["edict", "exact inversion", "coupled transformations", "invert", "real image"],
             inputs=[
@@ -130,16 +142,18 @@ class EDICTInversion(io.ComfyNode):
                     advanced=True,
                     tooltip="How far the two copies stay apart: at 1 they never mix. Paper: 0.93, from 0.9 to 0.97.",
                 ),
+                encoder(),
             ],
             outputs=outputs("Moves both copies from noise along sigmas, with any prompt and cfg."),
         )
 
     @classmethod
-    def execute(cls, model, source, image, steps, cfg, strength, negative=None, mixing=0.93) -> io.NodeOutput:
-        check_no_mask(image, "EDICT Inversion")
+    def execute(cls, model, source, image, steps, cfg, strength, negative=None, mixing=0.93, vae=None) -> io.NodeOutput:
+        samples = latent_of(image, vae, "EDICT Inversion")
         skipped = steps - round(strength * steps)
         if skipped == steps:
             raise ValueError(f"EDICT Inversion runs none of {steps} steps at strength {strength:g}: raise strength.")
         guidance = Guidance(source, negative, cfg)
         sigmas = schedule(model, steps, skipped)
-        return answer(model, *invert_edict(model, guidance, image["samples"], sigmas, mixing))
+        model, cost = metered(model)
+        return answer(model, cost, *invert_edict(model, guidance, samples, sigmas, mixing))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
+from server import PromptServer
 
 from . import (
+    alignment_view,
     blend,
     conditioning,
     cross_attention,
@@ -18,6 +20,7 @@ from . import (
     null_text,
     p2p,
     prompt,
+    sampler,
     store,
     trajectory,
     viewer,
@@ -35,6 +38,7 @@ NODES: list[type[io.ComfyNode]] = [
     conditioning.LoadConditioning,
     prompt.PromptEdit,
     prompt.BatchPromptEdits,
+    sampler.EditSampler,
     p2p.P2PAttentionController,
     inject.PnPFeatureInjector,
     inject.MasaCtrlNode,
@@ -60,5 +64,8 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class Palimpsest(ComfyExtension):
+    async def on_load(self) -> None:
+        PromptServer.instance.routes.post("/palimpsest/alignment")(alignment_view.answer)
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

@@ -7,12 +7,20 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io
 
+from ..host.cost import metered
 from ..host.model import noise_latent
 from ..host.refusals import check_no_mask
-from ..inversion.ddim import leading_sigmas
-from ..inversion.run import Guidance, Refinement, invert, record
+from ..inversion.run import Guidance, Refinement, ddim_sigmas, invert, record
 from . import sockets
-from .widgets import image_to_invert, inverting_negative, noise_and_sigmas, noise_and_sigmas_of
+from .widgets import (
+    encoder,
+    image_to_invert,
+    inverting_negative,
+    latent_of,
+    noise_and_sigmas,
+    noise_and_sigmas_of,
+    spent,
+)
 
 LEADING = "ddim (diffusers leading)"
 
@@ -33,16 +41,18 @@ class DDIMInversion(io.ComfyNode):
             category="Palimpsest/invert",
             description=(
                 "Finds the noise that a deterministic sampler turns back into your image, and keeps every step on the "
-                "way. Connect the trajectory to the edit nodes, and noise and sigmas to SamplerCustom. Edits look the "
-                "source up in the trajectory, which is Direct Inversion."
+                "way. Connect the trajectory to the edit nodes and to Edit Sampler. Edits look the source up in the "
+                "trajectory, which is Direct Inversion."
             ),
             search_aliases=[
                 "invert",
                 "unsample",
+                "unsampler",
                 "direct inversion",
                 "pnp inversion",
                 "noise from image",
                 "real image",
+                "img2img edit",
             ],
             inputs=[
                 *image_to_invert(),
@@ -65,11 +75,10 @@ class DDIMInversion(io.ComfyNode):
                     "schedule",
                     options=[LEADING, *comfy.samplers.SCHEDULER_NAMES],
                     default=LEADING,
-                    advanced=True,
                     tooltip=(
-                        "Which noise levels to visit. The default is that of the papers and of diffusers; KSampler "
-                        "Advanced fits it with ddim_uniform at 10, 20, 25, 40, 50 or 100 steps. For other steps choose "
-                        "the scheduler of your KSampler Advanced here, or use SamplerCustom."
+                        "Which noise levels to visit. The default is that of the papers and of diffusers; Edit Sampler "
+                        "fits any. KSampler Advanced fits the default with ddim_uniform at 10, 20, 25, 40, 50 or 100 "
+                        "steps; otherwise choose its scheduler here."
                     ),
                 ),
                 inverting_negative(),
@@ -98,6 +107,7 @@ class DDIMInversion(io.ComfyNode):
                 ),
                 weight("autocorrelation", "How strongly the noise is kept from repeating itself. Paper: 20; 0 is off."),
                 weight("kl", "How strongly the noise is kept at mean 0 and variance 1. Paper: 20; 0 is off."),
+                encoder(),
             ],
             outputs=[
                 sockets.Trajectory.Output("trajectory", tooltip="The image at every noise level, for the edit nodes."),
@@ -119,16 +129,18 @@ class DDIMInversion(io.ComfyNode):
         average=1,
         autocorrelation=0.0,
         kl=0.0,
+        vae=None,
     ) -> io.NodeOutput:
-        check_no_mask(image, "DDIM Inversion")
-        model_sampling = model.get_model_object("model_sampling")
+        samples = latent_of(image, vae, "DDIM Inversion")
         if schedule == LEADING:
-            sigmas = leading_sigmas(model_sampling.sigmas.cpu(), steps)
+            sigmas = ddim_sigmas(model, steps)
         else:
+            model_sampling = model.get_model_object("model_sampling")
             sigmas = comfy.samplers.calculate_sigmas(model_sampling, schedule, steps).cpu()
         refinement = Refinement(iterations, average, autocorrelation, kl)
-        trajectory = invert(model, Guidance(source, negative, cfg), image["samples"], sigmas, refinement)
-        return io.NodeOutput(trajectory, *noise_and_sigmas_of(model, trajectory))
+        model, cost = metered(model)
+        trajectory = invert(model, Guidance(source, negative, cfg), samples, sigmas, refinement)
+        return io.NodeOutput(trajectory, *noise_and_sigmas_of(model, trajectory), ui=spent(cost, trajectory))
 
 
 class RecordTrajectory(io.ComfyNode):
@@ -192,5 +204,7 @@ class RecordTrajectory(io.ComfyNode):
         else:
             noise = torch.zeros_like(samples)
         guidance = Guidance(positive, negative, cfg)
+        model, cost = metered(model)
         trajectory, image = record(model, guidance, sampler, sigmas, noise, samples, noise_seed)
-        return io.NodeOutput(trajectory, {"samples": image}, {"samples": noise_latent(model, trajectory)})
+        noise = noise_latent(model, trajectory)
+        return io.NodeOutput(trajectory, {"samples": image}, {"samples": noise}, ui=spent(cost, trajectory))

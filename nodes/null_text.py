@@ -6,11 +6,13 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io
 
+from ..host.cost import metered
 from ..host.model import noise_latent
 from ..inversion.error_plot import error_plot
 from ..inversion.null_text import Settings, check, check_pivot, distances, null_text
 from ..inversion.run import Guidance, record
 from . import sockets
+from .widgets import spent
 
 PAPER = Settings()
 EMPTY, SOURCE = "empty prompt", "source prompt"
@@ -101,6 +103,7 @@ class NullTextInversion(io.ComfyNode):
         cls, model, trajectory, empty, cfg, inner_steps, learning_rate, early_stop, start_from, checkpointing
     ) -> io.NodeOutput:
         settings = Settings(cfg, inner_steps, learning_rate, early_stop)
+        model, cost = metered(model)
         check(model, trajectory, empty, settings)  # the plot samples with it, wherever the negatives begin
         check_pivot(model, trajectory)
         # The plot's other curve comes first: an interrupt later on loses nothing.
@@ -112,4 +115,4 @@ class NullTextInversion(io.ComfyNode):
         negative, found = null_text(model, trajectory, start, settings, checkpointing)
         curves = {f"empty negative at cfg {cfg:g}": plain, "optimised": found}
         plot = error_plot({name: distances(path, trajectory) for name, path in curves.items()})
-        return io.NodeOutput(negative, found, plot)
+        return io.NodeOutput(negative, found, plot, ui=spent(cost, found))

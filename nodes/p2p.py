@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..attention.alignment import same_prompt
-from ..attention.p2p import PRESETS, PromptToPrompt, Settings, Window
-from ..attention.phrases import gains, windows
-from ..host.source import attach
+from ..attention.editing import prompt_to_prompt
+from ..attention.p2p import PRESETS, Settings, Window
 from . import sockets
 from .widgets import fraction
 
@@ -31,6 +29,11 @@ class P2PAttentionController(io.ComfyNode):
                 "p2p",
                 "prompt2prompt",
                 "prompt to prompt",
+                "attention control",
+                "edit image",
+                "edit photo",
+                "image editing",
+                "replace object",
                 "word swap",
                 "refine",
                 "reweight",
@@ -123,24 +126,8 @@ class P2PAttentionController(io.ComfyNode):
         self_max_side,
         attention_store=None,
     ) -> io.NodeOutput:
-        if not same_prompt(trajectory.conditioning[0][0], prompt_edit.embeddings[0]):
-            raise ValueError(
-                "The trajectory was made with another source prompt than this Prompt Edit's: connect Prompt Edit's "
-                "source output to the node that made the trajectory."
-            )
         settings = PRESETS.get(preset) or Settings(
             Window(cross_replace_start, cross_replace), Window(self_replace_start, self_replace), self_max_side
         )
-        carry = prompt_edit.carry(settings.alignment)
-        gain = gains(reweight, prompt_edit)
-        if not reweight.strip():
-            gain = gain + (settings.new_words - 1) * carry.own
-        edit = PromptToPrompt(
-            carry,
-            prompt_edit.embeddings[1],
-            gain,
-            windows(word_schedule, prompt_edit, settings.cross.start, settings.cross.end),
-            settings.self_,
-            settings.self_max_side**2,
-        )
-        return io.NodeOutput(attach(model, trajectory, edit, attention_store))
+        edited = prompt_to_prompt(model, trajectory, prompt_edit, settings, reweight, word_schedule, attention_store)
+        return io.NodeOutput(edited)

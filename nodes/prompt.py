@@ -5,12 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..attention import alignment_picture
-from ..attention.alignment import ALIGNMENTS, carry_over, join, resolve, same_prompt
-from ..attention.alignment import PromptEdit as Edit
+from ..attention.alignment import ALIGNMENTS, carry_over, join, same_prompt
+from ..attention.editing import rewrite
 from ..host.conditioning import copied
 from ..host.quote import shortened
-from ..host.tokens import prompt_words
-from . import sockets
+from ..host.tokens import unknown_words
+from . import alignment_view, sockets
 
 
 class PromptEdit(io.ComfyNode):
@@ -29,6 +29,12 @@ class PromptEdit(io.ComfyNode):
                 "Controller."
             ),
             search_aliases=[
+                "edit image",
+                "edit photo",
+                "image editing",
+                "img2img edit",
+                "change words",
+                "replace object",
                 "word swap",
                 "prompt refinement",
                 "prompt to prompt",
@@ -70,19 +76,11 @@ class PromptEdit(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, source_prompt, target_prompt, alignment="auto") -> io.NodeOutput:
-        if clip is None:
-            raise ValueError("Prompt Edit got no CLIP: the checkpoint holds no text encoder; load one with Load CLIP.")
-        source, target = prompt_words(clip, source_prompt, "source"), prompt_words(clip, target_prompt, "target")
-        if not source.texts:
-            raise ValueError("The source prompt is empty: type what the image shows in Prompt Edit.")
-        alignment = resolve(source, target, alignment)
-        conditionings = [
-            clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for prompt in (source_prompt, target_prompt)
-        ]
-        (source_embedding, _), (target_embedding, options) = (copied(conditioning)[0] for conditioning in conditionings)
-        edit = Edit(source, (target,), (alignment,), (source_embedding, target_embedding), options.get("pooled_output"))
-        picture = alignment_picture.draw(source, target, carry_over(source, target, alignment))
-        return io.NodeOutput(*conditionings, edit, picture)
+        source, target, edit = rewrite(clip, source_prompt, target_prompt, alignment)
+        (words,), (alignment,) = edit.targets, edit.alignments
+        picture = alignment_picture.draw(edit.source, words, carry_over(edit.source, words, alignment))
+        shown = alignment_view.outputs(edit.source, words, alignment, unknown_words(clip, edit.source, words))
+        return io.NodeOutput(source, target, edit, picture, ui=shown)
 
 
 class BatchPromptEdits(io.ComfyNode):

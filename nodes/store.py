@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..attention.p2p import Window
 from ..attention.record import Recording, record_attention
+from ..host.cost import metered
 from ..host.refusals import check_same_model, check_unet
 from ..host.store import AttentionStore
 from ..host.unet import decoder_from_second
@@ -30,7 +31,7 @@ class RecordAttention(io.ComfyNode):
                 "store run two rows a step instead of three: the price of an ordinary generation. It pays from the "
                 "second edit of an image on."
             ),
-            search_aliases=["attention store", "cache attention", "prompt to prompt store", "speed up edits"],
+            search_aliases=["attention store", "cache attention", "p2p store", "speed up edits"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that made the trajectory, from before the edit nodes."),
                 sockets.Trajectory.Input("trajectory", tooltip="The source image."),
@@ -104,8 +105,9 @@ class RecordAttention(io.ComfyNode):
             Window(0.0, feature_replace),
             tuple(decoder_from_second(model.model.diffusion_model)[:1]) if feature_replace else (),
         )
+        model, cost = metered(model)
         store = record_attention(model, trajectory, recording)
-        return io.NodeOutput(store, ui=ui.PreviewText(_summary(store, recording)))
+        return io.NodeOutput(store, ui=ui.PreviewText(f"{_summary(store, recording)} {cost.told}."))
 
 
 class SaveAttentionStore(io.ComfyNode):

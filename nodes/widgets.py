@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from comfy.model_patcher import ModelPatcher
-from comfy_api.latest import io
+from comfy.sd import VAE
+from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..host.cost import Cost
 from ..host.model import noise_latent
+from ..host.refusals import check_no_mask
 from ..host.trajectory import Trajectory
 from . import files
 
@@ -24,8 +27,30 @@ def image_to_invert() -> list[io.Input]:
         io.Conditioning.Input(
             "source", tooltip="The prompt that says what the image shows: Prompt Edit's source output."
         ),
-        io.Latent.Input("image", tooltip="The image or batch of images, from VAE Encode."),
+        io.MultiType.Input(
+            "image", [io.Latent, io.Image], tooltip="The image or batch of images, beside vae or from VAE Encode."
+        ),
     ]
+
+
+def encoder() -> io.Vae.Input:
+    """What encodes an image that is no latent yet."""
+    return io.Vae.Input(
+        "vae", optional=True, tooltip="The VAE that belongs to the model; not needed where image is a latent."
+    )
+
+
+def latent_of(image: dict | Tensor, vae: VAE | None, node: str) -> Tensor:
+    """[b, c, h, w]: a LATENT's samples, or what VAE Encode makes of an IMAGE.
+
+    Raises ValueError for an image without a VAE, and for a latent with a noise mask.
+    """
+    if isinstance(image, dict):
+        check_no_mask(image, node)
+        return image["samples"]
+    if vae is None:
+        raise ValueError(f"{node} was given an image but no vae: connect vae, or VAE Encode in between.")
+    return vae.encode(image)
 
 
 def inverting_negative() -> io.Input:
@@ -63,6 +88,11 @@ def noise_and_sigmas() -> list[io.Output]:
 def noise_and_sigmas_of(model: ModelPatcher, trajectory: Trajectory) -> tuple[dict, Tensor]:
     """These outputs. Copies: a sampler may write to the sigmas that it is given."""
     return {"samples": noise_latent(model, trajectory)}, trajectory.sigmas.clone()
+
+
+def spent(cost: Cost, trajectory: Trajectory) -> ui.PreviewText:
+    """What a node's runs cost and how large what they made is, for the frontend to show under the node."""
+    return ui.PreviewText(f"{cost.told}; trajectory {trajectory.bytes / 2**20:,.1f} MB.")
 
 
 def drawn(mask: Tensor) -> Tensor:

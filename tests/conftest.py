@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,7 @@ prepare()
 import comfy.model_management  # noqa: E402
 import torch  # noqa: E402
 
+from browser import PROGRAMS, Page, find_browser, open_browser  # noqa: E402
 from host_server import HostServer  # noqa: E402
 from palimpsest.demo import model as demo_model  # noqa: E402
 from tiny import Tiny  # noqa: E402
@@ -57,3 +60,17 @@ def tiny() -> Tiny:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostServer]:
     with HostServer(tmp_path_factory.mktemp("server")) as running:
         yield running
+
+
+@pytest.fixture
+def page(server: HostServer, tmp_path: Path) -> Iterator[Page]:
+    program = find_browser()
+    if program is None:
+        missing = f"no browser found: install one of {', '.join(PROGRAMS)}"
+        if os.environ.get("CI"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    # Else a new user is greeted with a dialog.
+    server.post("/settings/Comfy.TutorialCompleted", True)
+    with open_browser(program, tmp_path / "profile") as page:
+        yield page

@@ -25,6 +25,7 @@ WITHOUT_DOWNLOAD = (
 )
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 TITLE_HEIGHT = 30
+COMPARER = {"__value__": ["", ""]}  # a slider that no workflow keeps; wrapped, for a list would be a link
 
 Node = dict[str, Any]
 
@@ -63,7 +64,9 @@ def widget_values(node: Node, info: dict[str, Any]) -> dict[str, Any]:
     values = iter(node["widgets_values"])
     found = {}
     for name, (kind, *options) in (info["input"].get("required", {}) | info["input"].get("optional", {})).items():
-        if isinstance(kind, list) or kind in WIDGETS:
+        if kind == "IMAGECOMPARE":
+            found[name] = COMPARER
+        elif isinstance(kind, list) or kind in WIDGETS:
             found[name] = next(values)
             if any(option.get("control_after_generate") or option.get("image_upload") for option in options):
                 next(values)

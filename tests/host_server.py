@@ -74,6 +74,8 @@ class HostServer:
         main = Path(os.environ["COMFYUI_PATH"]) / "main.py"
         port = self.url.rpartition(":")[2]
         command = [sys.executable, str(main), "--base-directory", str(self.folder), "--port", port, *FLAGS]
+        if root := os.environ.get("FRONTEND_ROOT"):  # another frontend than the host's own
+            command += ["--front-end-root", root]
         return command if torch.accelerator.is_available() else [*command, "--cpu"]
 
     def stop(self) -> None:

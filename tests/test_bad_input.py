@@ -31,6 +31,16 @@ def other_noise(prompt: Prompt) -> None:
     prompt[SAMPLER]["inputs"]["latent_image"] = ["32", 1]
 
 
+def foreign_latent(prompt: Prompt) -> None:
+    """The demo's VAE gets what an SD1.5 model would draw."""
+    prompt["33"] = {
+        "class_type": "EmptyLatentImage",
+        "inputs": {"width": 512, "height": 512, "batch_size": 1},
+        "_meta": {"title": "Empty Latent Image"},
+    }
+    prompt["9"]["inputs"]["samples"] = ["33", 0]
+
+
 def damaged_file(prompt: Prompt) -> None:
     prompt["40"] = {
         "class_type": "PalimpsestLoadTrajectory",
@@ -57,6 +67,7 @@ CASES: dict[str, tuple[Callable[[Prompt], object], str]] = {
         changed(SCENE, caption="a photo of a red banana in a room"),
         "has 'banana' where it needs one of: cat, dog",
     ),
+    "other VAE": (foreign_latent, "VAE decodes latents of 16 channels and 16 x 16, not of 4 channels and"),
     "damaged file": (damaged_file, "'damaged.safetensors' is not a readable safetensors file"),
 }
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import time
 from pathlib import Path
 
 import pytest
 
-from browser import PROGRAMS, Page, find_browser, open_browser
-from example_workflows import WITHOUT_DOWNLOAD, api_form, overlaps, ui_form
-from host_server import HostServer, Prompt
+from browser import Page
+from example_workflows import COMPARER, WITHOUT_DOWNLOAD, api_form, overlaps, ui_form
+from host_server import HostServer, Prompt, Run
 
 RUN_BUTTON = "[data-testid=queue-button]"
 STEPS = 8  # not as many as in test_workflows.py, whose results the server still holds
@@ -25,20 +24,6 @@ HARMLESS = (
     "Error loading core workflow templates",
     "Error loading fuse options",
 )
-
-
-@pytest.fixture
-def page(server: HostServer, tmp_path: Path) -> Iterator[Page]:
-    program = find_browser()
-    if program is None:
-        missing = f"no browser found: install one of {', '.join(PROGRAMS)}"
-        if os.environ.get("CI"):
-            pytest.fail(missing)
-        pytest.skip(missing)
-    # Else a new user is greeted with a dialog.
-    server.post("/settings/Comfy.TutorialCompleted", True)
-    with open_browser(program, tmp_path / "profile") as page:
-        yield page
 
 
 def open_template(page: Page, server: HostServer, name: str) -> None:
@@ -63,7 +48,21 @@ def unknown_nodes(page: Page) -> list[str]:
 
 def converted(page: Page) -> Prompt:
     """What the Run button sends."""
-    return page.evaluate("app.graphToPrompt().then(prompt => prompt.output)")
+    prompt = page.evaluate("app.graphToPrompt().then(prompt => prompt.output)")
+    for node in prompt.values():
+        if "compare_view" in node["inputs"]:  # frontends write it each in their own way
+            node["inputs"]["compare_view"] = COMPARER
+    return prompt
+
+
+def run_since(server: HostServer, before: dict) -> Run:
+    """The one run that the history has besides `before`: a picture is shown while its run has yet to end."""
+    end = time.monotonic() + 60
+    while not (new := server.get_json("/history").keys() - before.keys()):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    (prompt_id,) = new
+    return server.finished(prompt_id)
 
 
 @pytest.mark.parametrize(
@@ -80,10 +79,87 @@ def test_opens_and_runs(page: Page, server: HostServer, name: str, tmp_path: Pat
     page.click(RUN_BUTTON)
     page.wait_for(f"({NODES}).find(node => node.type === 'SaveImage').imgs?.[0]?.naturalWidth > 0", seconds=120)
     page.screenshot(tmp_path / f"{name}.png")
-    (prompt_id,) = server.get_json("/history").keys() - before.keys()
-    run = server.finished(prompt_id)
+    run = run_since(server, before)
     assert not run.errors
     assert run.images()
     assert complaints(page) == []
     assert overlaps(page.evaluate("app.rootGraph.serialize().nodes")) == []
     assert [error for error in page.errors if not error.startswith(HARMLESS)] == []
+
+
+def press(page: Page, key: str, code: int) -> None:
+    for kind in ("keyDown", "keyUp"):
+        page.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
+
+def click_canvas(page: Page, count: int = 1) -> None:
+    page.send("Input.dispatchMouseEvent", type="mouseMoved", x=900, y=500, button="none")
+    for kind in ("mousePressed", "mouseReleased"):
+        page.send("Input.dispatchMouseEvent", type=kind, x=900, y=500, button="left", clickCount=count)
+
+
+def find_node(page: Page, text: str) -> None:
+    """Opens the search by a double click on the canvas, types, and takes the first answer."""
+    page.evaluate("new Promise(resolve => setTimeout(resolve, 3000))")  # for clicks on it to be heard
+    for count in (1, 2):
+        click_canvas(page, count)
+    page.wait_for("document.activeElement?.tagName === 'INPUT'")
+    page.send("Input.insertText", text=text)
+    page.wait_for(f"document.body.innerText.includes({text!r})")
+    page.evaluate("new Promise(resolve => setTimeout(resolve, 1000))")  # the list follows what is typed
+    press(page, "Enter", 13)
+    page.wait_for(f"({NODES}).length === 1")
+    click_canvas(page)  # where it is to stand
+
+
+CONNECT = """(() => {
+    const [block] = app.rootGraph.nodes;
+    const made = type => { const node = LiteGraph.createNode(type); app.rootGraph.add(node); return node; };
+    const [model, scene, save] = ["PalimpsestLoadDemoModel", "PalimpsestDemoScene", "SaveImage"].map(made);
+    const input = (node, name) => node.inputs.findIndex(slot => slot.name === name);
+    ["model", "clip", "vae"].forEach((name, slot) => model.connect(slot, block, input(block, name)));
+    scene.connect(0, block, input(block, "image"));
+    block.connect(0, save, input(save, "images"));
+    const widget = (node, name) => node.widgets.find(widget => widget.name === name);
+    widget(block, "source_prompt").value = widget(scene, "caption").value;
+    widget(block, "target_prompt").value = widget(scene, "edited_caption").value;
+    widget(block, "steps").value = 4;
+    return [...app.rootGraph.links.values()].length;
+})()"""
+
+
+def place_block(page: Page, server: HostServer) -> None:
+    """Finds the block from an empty canvas, and wires it to the demo model and a scene."""
+    page.open(server.url)
+    page.wait_for(f"window.app?.isGraphReady && {SETTLED}", seconds=90)
+    page.evaluate("app.rootGraph.clear()")
+    find_node(page, "Edit Image by Prompt")
+    labels = page.evaluate("app.rootGraph.nodes[0].inputs.map(slot => slot.label ?? slot.name)")
+    assert labels[3:] == [
+        "image",
+        "source prompt: what it shows",
+        "target prompt: what it should show",
+        "cfg: how strong",
+        "steps",
+    ]
+    assert page.evaluate(CONNECT) == 5
+
+
+def test_the_block_edits_from_an_empty_canvas(page: Page, server: HostServer, tmp_path: Path) -> None:
+    before = server.get_json("/history")
+    place_block(page, server)
+    page.click(RUN_BUTTON)
+    page.wait_for(f"({NODES}).find(node => node.type === 'SaveImage').imgs?.[0]?.naturalWidth > 0", seconds=120)
+    page.screenshot(tmp_path / "block.png")
+    assert not run_since(server, before).errors
+    assert complaints(page) == []
+
+
+def test_bad_input_in_the_block_is_told_by_its_own_name(page: Page, server: HostServer) -> None:
+    before = server.get_json("/history")
+    place_block(page, server)
+    page.evaluate("app.rootGraph.nodes[0].widgets.find(widget => widget.name === 'source_prompt').value = ' '")
+    page.click(RUN_BUTTON)
+    (error,) = run_since(server, before).errors
+    assert "The source prompt is empty" in error
+    page.wait_for(f"document.querySelector('{COMPLAINTS}') !== null")

@@ -207,7 +207,7 @@ def test_the_sampler_refuses_what_is_not_its_own(tiny: Tiny) -> None:
         with pytest.raises(ValueError, match=sentence):
             tiny.sample(model, sampler=sampler, **changes)
 
-    schedule = "of Edit Friendly Inversion runs 4 steps from sigma .*: connect the sigmas output of the same node"
+    schedule = "of Edit Friendly Inversion runs 4 steps from sigma .*: use Edit Sampler, or connect the sigmas output"
     refused(schedule, sigmas=tiny.sigmas[1:])
     refused(schedule, sigmas=tiny.sigmas * 1.01)
     latent = "starts from its own noise, but latent_image is another latent"

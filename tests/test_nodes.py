@@ -80,6 +80,13 @@ def test_every_help_page_belongs_to_a_node() -> None:
 
 
 @each_node
+def test_tables_of_the_help_fit_its_panel(node: Node) -> None:
+    """346 pixels hold two columns; further ones are cut off."""
+    rows = re.findall(r"^\|.*\|$", help_page(node.GET_SCHEMA()), re.MULTILINE)
+    assert [row for row in rows if row.count("|") != 3] == []
+
+
+@each_node
 def test_readme_has_a_row_for_it(node: Node) -> None:
     assert node.GET_SCHEMA().display_name in (ROOT / "README.md").read_text(encoding="utf-8")
 

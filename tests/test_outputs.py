@@ -122,8 +122,11 @@ def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, folders: None) ->
     run("NegativePromptGuidance", **edited, empty=source)
     run("ProximalGuidance", **edited)
     run("NegativePromptGuider", model=model, positive=target, negative=source, empty=source)
-    run("DemoScene")
-    run("LoadDemoModel")
+    unet, clip, vae = run("LoadDemoModel")
+    scene, *_ = run("DemoScene")
+    source, target, *_ = run("PromptEdit", clip=clip)
+    found, *_ = run("DDIMInversion", model=unet, source=source, image=scene, vae=vae, steps=1)
+    run("EditSampler", model=unet, trajectory=found, positive=target, vae=vae)
     assert run.executed == {node.GET_SCHEMA().node_id for node in NODES}
     assert len(run.kept) > 20
     assert [(run.plain[at], run.kept[at]) for at in run.plain.keys() & run.kept.keys()] == []

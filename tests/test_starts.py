@@ -97,7 +97,10 @@ REFUSED: dict[str, tuple[Callable[[Edit], Tensor], str]] = {
     "RandomNoise": (lambda edit: edit.custom_advanced(RandomNoise.execute(1).result[0]), NOISE_ADDED),
     "fewer steps": (lambda edit: edit.advanced(10), FEWER.format(10, 1)),
     "fewer steps, from the middle": (lambda edit: edit.advanced(10, start=5), FEWER.format(5, 11)),
-    "more steps": (lambda edit: edit.advanced(40), "schedule has sigma .* trajectory of 20 steps lacks: connect the"),
+    "more steps": (
+        lambda edit: edit.advanced(40),
+        "schedule has sigma .* trajectory of 20 steps lacks: use Edit Sampler, or connect the",
+    ),
     "from the middle": (lambda edit: edit.advanced(start=10), LATER),
     "the end of SIGMAS": (lambda edit: edit.custom(sigmas=edit.tiny.sigmas[10:]), LATER),
     "image to image": (lambda edit: edit.ksampler(10, latent=edit.image, denoise=0.5), OTHER_NOISE),

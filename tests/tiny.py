@@ -46,8 +46,8 @@ class TinyConfig(comfy.supported_models_base.BASE):
     latent_format = comfy.latent_formats.SD15
 
     @classmethod
-    def of(cls, prediction: ModelType) -> TinyConfig:
-        config = cls(copy.deepcopy(UNET))
+    def of(cls, prediction: ModelType, **changes) -> TinyConfig:
+        config = cls(copy.deepcopy(UNET) | changes)
         config.prediction = prediction
         config.set_inference_dtype(torch.float32, None)
         return config
@@ -56,15 +56,23 @@ class TinyConfig(comfy.supported_models_base.BASE):
         return self.prediction
 
 
-def tiny_model(prediction: ModelType = ModelType.EPS, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
-    model = TinyConfig.of(prediction).get_model({}, device=torch.device("cpu"))
+def tiny_model(
+    prediction: ModelType = ModelType.EPS, seed: int = 0, config: type[TinyConfig] = TinyConfig, **changes
+) -> comfy.model_patcher.ModelPatcher:
+    """A model of random weights; `changes` are to UNET."""
+    model = config.of(prediction, **changes).get_model({}, device=torch.device("cpu"))
+    randomise(model, seed)
+    device = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Gives it weights that keep activations of a size."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         norm = "norm" in name or name.endswith(("in_layers.0.weight", "out_layers.0.weight", "out.0.weight"))
         parameter.data = 1 + 0.1 * noise if norm and name.endswith("weight") else 0.08 * noise
-    device = comfy.model_management.get_torch_device()
-    return comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 
 
 def conditioning(seed: int, tokens: int = 77, batch: int = 1) -> list:
@@ -123,9 +131,14 @@ class Tiny:
 
 def execute(node: type[io.ComfyNode], **inputs) -> tuple:
     """A node's outputs, its widgets at their defaults but for `inputs`."""
+    return run(node, **inputs).result
+
+
+def run(node: type[io.ComfyNode], **inputs) -> io.NodeOutput:
+    """As execute, with what the frontend is sent."""
     widgets = [slot for slot in node.GET_SCHEMA().inputs if isinstance(slot, io.WidgetInput)]
     defaults = {slot.id: slot.default if slot.default is not None else slot.options[0] for slot in widgets}
-    return node.execute(**defaults | inputs).result
+    return node.execute(**defaults | inputs)
 
 
 def pieces(text: str, length: int = 77) -> list[str]:

@@ -356,10 +356,9 @@ def help_section(page: str) -> str:
         "## Works with",
         "",
         "Checked for each node by the pack's tests, before and behind this one: both do all their work, or a sentence",
-        "says what to change.",
+        "says what to change. Store: what comes of it with an attention store. Invert: the MODEL to invert and record",
+        "with.",
         "",
-        "| ComfyUI's node | This edit | With an attention store | Invert and record with |",
-        "|---|---|---|---|",
     ]
     for row in ROWS:
         usual, *special = EDITORS[page]
@@ -367,7 +366,11 @@ def help_section(page: str) -> str:
         for kind in special:
             if row.outcome(kind) != row.outcome(usual):
                 edit += f"; {kind}: {told(row.outcome(kind), 'works')}"
-        store = "" if row.outcome(usual) else row.store if isinstance(row.store, str) else told(row.store)
-        inversion = row.inversion.advice if isinstance(row.inversion, Refused) else row.inversion or ""
-        lines.append(f"| {row.name} | {edit} | {store} | {inversion} |")
+        sentences = [edit]
+        if row.outcome(usual) is None:
+            sentences.append(f"Store: {row.store if isinstance(row.store, str) else told(row.store)}")
+        if row.inversion is not None:
+            inversion = row.inversion.advice if isinstance(row.inversion, Refused) else row.inversion
+            sentences.append(f"Invert: {inversion}")
+        lines.append(f"- {row.name}: {'. '.join(sentences)}.")
     return "\n".join([*lines, "", ""])
