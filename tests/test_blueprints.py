@@ -56,7 +56,7 @@ def with_demo_model(server: HostServer, name: str, **changes: Any) -> Prompt:
     """The demo model, a scene, the block and Save Image."""
     model = {"model": [MODEL, 0], "clip": [MODEL, 1], "vae": [MODEL, 2]}
     scene = {"image": [SCENE, 0], "source_prompt": [SCENE, 1], "target_prompt": [SCENE, 2]}
-    given = defaults(name) | model | scene | {"steps": STEPS, "width": 64, "height": 64} | changes
+    given = defaults(name) | model | scene | {"steps": STEPS, "width": 128, "height": 128} | changes
     prompt, outputs = flattened(name, given, server.object_info)
     scene_inputs = server.object_info["PalimpsestDemoScene"]["input"]["required"]
     widgets = {key: options["default"] for key, (_, options) in scene_inputs.items()}

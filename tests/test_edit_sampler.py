@@ -166,9 +166,9 @@ def test_refusals(tiny: Tiny) -> None:
 def test_the_node_through_a_whole_edit(demo: tuple) -> None:
     """An image with its VAE, or its latent; the picture is VAE Decode's; the negative is the source prompt's."""
     model, clip, vae = demo
-    caption = "a red circle on a striped green background"
+    caption = "a photo of a cat on a meadow"
     image = torch.from_numpy(scenes.render(scenes.parse(caption, 3)))[None]
-    source, target, edit, _ = PromptEdit.execute(clip, caption, caption.replace("circle", "star")).result
+    source, target, edit, _ = PromptEdit.execute(clip, caption, caption.replace("cat", "dog")).result
     latent = {"samples": vae.encode(image)}
     trajectory, _, _ = execute(DDIMInversion, model=model, source=source, image=image, vae=vae, steps=4)
     plain, _, _ = execute(DDIMInversion, model=model, source=source, image=latent, steps=4)

@@ -86,9 +86,9 @@ def asked(server: HostServer, **changes) -> dict:
 @pytest.mark.parametrize(
     ("source", "target", "alignment"),
     [
-        ("a red circle on a blue background", "a red star on a blue background", "auto"),
-        ("a red circle on a blue background", "a small red star, blue", "auto"),
-        ("a red circle on a blue background", "a small red star, blue", "swap"),
+        ("a photo of a cat on a meadow", "a photo of a dog on a meadow", "auto"),
+        ("a photo of a cat on a meadow", "a small red dog, meadow", "auto"),
+        ("a photo of a cat on a meadow", "a small red dog, meadow", "swap"),
         ("a (red:1.2) circle 35 zyzzyva", "a firetruck 7 é\U0001f600 embedding:none", "refine"),
         ("<img src=x onerror=alert(1)>", " ".join(f"word{i}" for i in range(100)), "auto"),
     ],
