@@ -281,8 +281,12 @@ def psnr(pixels: Tensor, truth: Tensor) -> float:
 def train_diffusion(minutes: float, rate: float, decay: bool, fresh: bool, batch: int, processes: int) -> None:
     denoiser = Denoiser()
     run = Run("diffusion", denoiser, fresh)
+    autoencoder = fitted_autoencoder()
     with torch.no_grad():
-        latent, captions = data.latents(fitted_autoencoder())
+        latent, captions = data.latents(autoencoder)
+    # A channel counts as much as it moves the pixels: outlines and colours show in the first ones, texture in the last.
+    weight = autoencoder.basis.norm(dim=1).view(-1, 1, 1)
+    weight = weight / weight.mean()
     rows, uncaptioned = denoiser.text.rows(captions), denoiser.text.rows([""])
     print(f"{len(latent)} scenes, latents of standard deviation {latent.float().std():.3f}", flush=True)
     part = batch // processes
@@ -301,7 +305,7 @@ def train_diffusion(minutes: float, rate: float, decay: bool, fresh: bool, batch
         v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean
         with half_precision():
             predicted = denoiser(noisy, timestep, torch.where(dropped, uncaptioned, rows[chosen]))
-        return (predicted.float() - v).square().mean()
+        return ((predicted.float() - v).square() * weight).mean()
 
     team = Team(run.parameters, loss, processes, run.step)
     for _ in run.steps(minutes, rate, decay):
