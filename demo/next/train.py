@@ -281,8 +281,12 @@ def psnr(pixels: Tensor, truth: Tensor) -> float:
 def train_diffusion(minutes: float, rate: float, decay: bool, fresh: bool, batch: int, processes: int) -> None:
     denoiser = Denoiser()
     run = Run("diffusion", denoiser, fresh)
+    autoencoder = fitted_autoencoder()
     with torch.no_grad():
-        latent, captions = data.latents(fitted_autoencoder())
+        latent, captions = data.latents(autoencoder)
+    # A channel counts as much as it moves the pixels: outlines and colours show in the first ones, texture in the last.
+    weight = autoencoder.basis.norm(dim=1).view(-1, 1, 1)
+    weight = weight / weight.mean()
     rows, uncaptioned = denoiser.text.rows(captions), denoiser.text.rows([""])
     print(f"{len(latent)} scenes, latents of standard deviation {latent.float().std():.3f}", flush=True)
     part = batch // processes
@@ -291,6 +295,8 @@ def train_diffusion(minutes: float, rate: float, decay: bool, fresh: bool, batch
         chosen = torch.randint(0, len(latent), (part,), generator=generator)
         dropped = torch.rand((part, 1), generator=generator) < CAPTION_DROPOUT
         strata = (torch.arange(part) + torch.rand(part, generator=generator)) / part
+        # Half of them from the third of the noise levels at which things take shape.
+        strata = strata + 0.5 / math.tau * (math.tau * strata).sin()
         timestep = (strata * TIMESTEPS).long().clamp(0, TIMESTEPS - 1)
         alpha_bar = ALPHA_BAR[timestep].view(-1, 1, 1, 1)
         clean = latent[chosen].float()
@@ -299,7 +305,7 @@ def train_diffusion(minutes: float, rate: float, decay: bool, fresh: bool, batch
         v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean
         with half_precision():
             predicted = denoiser(noisy, timestep, torch.where(dropped, uncaptioned, rows[chosen]))
-        return (predicted.float() - v).square().mean()
+        return ((predicted.float() - v).square() * weight).mean()
 
     team = Team(run.parameters, loss, processes, run.step)
     for _ in run.steps(minutes, rate, decay):
@@ -424,8 +430,16 @@ def main() -> None:
 
 
 CAPTIONS = [
-    "a photo of an orange cat on a meadow",
+    "a photo of a red cat on a meadow",
+    "a photo of a dog with a hat facing right on a beach",
+    "a photo of a large blue car in the snow at sunset",
+    "a photo of a golden cup on a street at night",
+    "a photo of a green tree next to a purple house in a desert",
+    "a photo of a white rabbit in front of a stone castle in a forest",
+    "a pencil drawing of a sleeping sheep on a meadow",
+    "a watercolor of a small wooden boat next to a yellow pumpkin on a beach",
 ]
+
 
 if __name__ == "__main__":
     main()
