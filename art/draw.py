@@ -17,7 +17,7 @@ ICON, BANNER = (400, 400), (1680, 720)  # the registry's largest icon; its banne
 FINER = 3  # drawn so many times larger, then reduced
 
 PARCHMENT, SHADE = (240, 226, 196), (204, 178, 132)
-OLD_INK, NEW_INK, RED = (150, 108, 66), (46, 34, 28), (190, 44, 32)
+OLD_INK, NEW_INK, RED, BLUE = (150, 108, 66), (46, 34, 28), (190, 44, 32), (34, 84, 158)
 
 Point = tuple[float, float]
 Circle = tuple[Point, float]
@@ -81,7 +81,7 @@ def page(width: int, height: int, centre: Point, radius: float, size: float, see
 
     new, draw = layer(width, height)
     write(draw, margin, size, (*NEW_INK, 235), seed + 2, around=(centre, radius * 1.15))
-    draw.polygon(star(centre, radius * 1.06), fill=(*RED, 255))
+    draw.polygon(star(centre, radius * 1.06), fill=(*BLUE, 255))
     image.alpha_composite(new)
     return image
 

@@ -19,7 +19,7 @@ assert not hosts, hosts
 CLEAN = """
 from in_host import prepare
 prepare()
-import asyncio, sys, time
+import asyncio, sys
 import nodes, server  # bring what the host has loaded before it comes to the packs
 import comfy.samplers, comfy.model_patcher, comfy.model_base, comfy.sd, comfy.ldm.modules.attention
 import folder_paths, latent_preview
@@ -35,7 +35,7 @@ def symbols():
                 found.update({(module.__name__, name, k): id(v) for k, v in vars(value).items() if callable(v)})
     return found
 
-before, start = symbols(), time.process_time()
+before, loaded = symbols(), set(sys.modules)
 import palimpsest
 for name in palimpsest.API:
     getattr(palimpsest, name)
@@ -43,8 +43,9 @@ assert not any(name.startswith("palimpsest.nodes") for name in sys.modules)
 extension = asyncio.run(palimpsest.comfy_entrypoint())
 schemas = [node.GET_SCHEMA() for node in asyncio.run(extension.get_node_list())]
 assert schemas
-seconds = time.process_time() - start
-assert seconds < 0.3, f"importing the pack takes {seconds:.2f} s of processor time"
+# Seconds of a start are spent in libraries: the pack brings none that the host has not loaded by then.
+brought = {name.split(".")[0] for name in sys.modules.keys() - loaded} - {"palimpsest", "comfy_api", "comfy"}
+assert not brought, brought
 after = symbols()
 # Importing further host modules (safetensors helpers, say) adds symbols; none that was there may change.
 changed = [name for name, value in before.items() if after.get(name) != value]
@@ -61,5 +62,5 @@ def test_the_mathematics_imports_without_the_host() -> None:
     run(LIGHT)
 
 
-def test_importing_the_pack_is_quick_and_changes_no_host_symbol() -> None:
+def test_importing_the_pack_brings_no_library_and_changes_no_host_symbol() -> None:
     run(CLEAN)

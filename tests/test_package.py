@@ -88,15 +88,16 @@ def test_the_changelog_begins_with_this_version() -> None:
     assert first[1] == CONFIG.project.version
 
 
-def picture(key: str) -> Image.Image:
-    """The file behind an address of our own repository."""
+def size_of(key: str) -> tuple[int, int]:
+    """Width and height of the file behind an address of our own repository."""
     (address,) = re.findall(rf'^{key} = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     _, owner, name, branch, *path = urlparse(address).path.split("/")
     assert (f"https://github.com/{owner}/{name}", branch) == (CONFIG.project.urls.repository, "main")
-    return Image.open(ROOT.joinpath(*path))
+    with Image.open(ROOT.joinpath(*path)) as image:
+        return image.size
 
 
 def test_icon_and_banner_have_the_registry_s_sizes() -> None:
-    icon, banner = picture("Icon"), picture("Banner")
-    assert icon.width == icon.height <= 400
-    assert banner.width * 9 == banner.height * 21
+    (icon_width, icon_height), (width, height) = size_of("Icon"), size_of("Banner")
+    assert icon_width == icon_height <= 400
+    assert width * 9 == height * 21
