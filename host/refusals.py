@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection
+from functools import partial
 
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -85,7 +86,7 @@ def check_latent(model: ModelPatcher, samples: Tensor) -> None:
 def check_deterministic(sampler: Sampler, sigmas: Tensor) -> None:
     """Raises ValueError for samplers that draw fresh noise (ancestral, SDE): no trajectory fits their path."""
     if isinstance(sampler, KSAMPLER) and _draws_noise(sampler, sigmas):
-        name = sampler.sampler_function.__name__.removeprefix("sample_")
+        name = _function_name(sampler).removeprefix("sample_")
         raise ValueError(
             f"The sampler '{name}' adds fresh noise at every step and cannot follow a trajectory: "
             "choose a deterministic one, such as euler, ddim or dpmpp_2m, in the sampler node."
@@ -97,7 +98,7 @@ def _draws_noise(sampler: KSAMPLER, sigmas: Tensor) -> bool:
     function = sampler.sampler_function
     parameters = inspect.signature(function).parameters
     settings = {name: parameter.default for name, parameter in parameters.items()} | sampler.extra_options
-    if "noise_sampler" not in parameters or function.__name__ in NOISELESS:
+    if "noise_sampler" not in parameters or _function_name(sampler) in NOISELESS:
         return settings.get("s_churn", 0) > 0
     if "tau_func" in parameters:  # SA-Solver: that share at each sigma
         share = settings["tau_func"]
@@ -316,7 +317,13 @@ def check_replay(node: str, trajectory: Trajectory, run: Run) -> None:
 
 
 def _function_name(sampler: Sampler) -> str:
-    return sampler.sampler_function.__name__ if isinstance(sampler, KSAMPLER) else ""
+    """Of its function in the host, however another pack wraps it: as a partial or in an object of its own."""
+    if not isinstance(sampler, KSAMPLER):
+        return ""
+    function = sampler.sampler_function
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _fitting_schedule(name: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Callable
+from functools import partial
 
 import comfy.controlnet
 import comfy.ldm.modules.attention
@@ -11,9 +13,10 @@ import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
+from comfy.k_diffusion import sampling as k_diffusion
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from comfy.samplers import Sampler
+from comfy.samplers import KSAMPLER, Sampler
 from comfy_extras.nodes_custom_sampler import SamplerER_SDE, SamplerSASolver
 from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
@@ -357,6 +360,25 @@ def test_deterministic_samplers_work(tiny: Tiny, sampler: str) -> None:
 def test_noisy_samplers_are_refused(tiny: Tiny, sampler: str) -> None:
     with pytest.raises(ValueError, match=f"'{sampler}' adds fresh noise"):
         tiny.sample(attach(tiny.model, tiny.trajectory, swap()), sampler=sampler)
+
+
+class Wrapped:
+    """A sampler function in an object, as other packs have them."""
+
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+
+    def __call__(self, model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable) -> Tensor:
+        return self.function(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable)
+
+
+@pytest.mark.parametrize("wrap", [partial, Wrapped])
+def test_samplers_of_other_packs_need_no_name(tiny: Tiny, wrap: Callable) -> None:
+    model = attach(tiny.model, tiny.trajectory, swap())
+    wrapped = tiny.sample(model, sampler=KSAMPLER(wrap(k_diffusion.sample_euler)))
+    assert torch.equal(wrapped, tiny.sample(model, sampler="euler"))
+    with pytest.raises(ValueError, match="'euler_ancestral' adds fresh noise"):
+        tiny.sample(model, sampler=KSAMPLER(partial(k_diffusion.sample_euler_ancestral)))
 
 
 def sampler(kind: str, model: ModelPatcher) -> Sampler:
