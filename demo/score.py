@@ -29,7 +29,7 @@ _TRIES = (6, 28)  # likely things that are fitted to the picture in earnest, and
 _SURE = 0.045  # too much
 _SHORT = 0.2  # of the gain of the best guess at how many things there are: what another, looked into, may lack
 _LEAST = -4.0  # `r` of the smallest thing that is looked for: half the side that its size allows
-_REST = 0.2  # mean error of a square of _PATCH pixels a side that tells of something the reading does not hold
+REST = 0.2  # mean error of a square of _PATCH pixels a side that tells of something the reading does not hold
 _PATCH = 16
 
 
@@ -50,7 +50,7 @@ def judge(image: np.ndarray, scene: Scene) -> dict[str, bool]:
     reading = read(image)
     verdict = agreement(reading.scene, scene)
     there = all(thing.r > _LEAST + 0.5 for thing in reading.scene.things)
-    verdict["count"] = verdict["count"] and there and reading.rest < _REST
+    verdict["count"] = verdict["count"] and there and reading.rest < REST
     return verdict | {"all": all(verdict.values())}
 
 
@@ -87,13 +87,13 @@ def read(image: np.ndarray) -> Reading:
     guesses = [guess for guess in guesses if most - guess.gain <= _SHORT * abs(most)]
     for tries in _TRIES:
         best = _said(min((_fit(image, guess, tries) for guess in guesses), key=lambda fit: fit.misfit).scene)
-        reading = Reading(best, _worst(image - scenes.render(best)))
+        reading = Reading(best, worst(image - scenes.render(best)))
         if reading.rest < _SURE:
             break
     return reading
 
 
-def _worst(difference: np.ndarray) -> float:
+def worst(difference: np.ndarray) -> float:
     """The mean error of the square of _PATCH pixels a side where it is largest, noise averaged out."""
     error = np.abs(_halved(_halved(difference))).mean(-1)
     n = _PATCH // 4

@@ -1,0 +1,510 @@
+"""Every inversion with every editor on demo edits of all ten kinds, against their one true answer.
+
+Scored are the error inside and outside of what the edit changes, whether the picture shows what was asked for, and
+whether it shows that and nothing else. Results are kept edit by edit in a CSV file, by which a run goes on where it was
+interrupted; tables, a plot and pictures are made of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import comfy.samplers
+import comfy.utils
+import matplotlib
+import numpy as np
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.samplers import KSAMPLER, Sampler
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+from ..attention.masactrl import MasaCtrl
+from ..attention.pnp import PlugAndPlay
+from ..demo import edits as demo_edits
+from ..demo import model as demo_model
+from ..demo import scenes
+from ..demo.edits import EDITS, Edit
+from ..demo.outcomes import Outcomes
+from ..guidance.cross_attention import CrossAttentionGuidance
+from ..guidance.proximal import INVERSION, Proximal
+from ..host.cost import Cost, metered
+from ..host.guide import attach_guide
+from ..host.guided import attach_rule
+from ..host.model import noise_latent
+from ..host.source import attach, attach_blend
+from ..host.trajectory import Trajectory
+from ..host.unet import decoder_from_second, last_layers
+from ..inversion.null_text import Settings as NullText
+from ..inversion.null_text import null_text
+from ..inversion.replay import invert_edict, invert_edit_friendly
+from ..inversion.run import Guidance, Refinement, as_trajectory, ddim_sigmas, invert, record, resample
+from .edits import directed, encode, errors, local_blend, prompt_edit, prompt_to_prompt
+from .picture import decode
+
+matplotlib.use("agg")
+
+# --- inversions ------------------------------------------------------------------------------------------------------
+
+
+class Inverted(NamedTuple):
+    """What an inversion hands to the editors: the source's states, the negative and the sampler of the edit.
+
+    followed: where null text's negatives lead, beside the trajectory that they were fitted to.
+    """
+
+    trajectory: Trajectory
+    negative: list
+    sampler: Sampler
+    followed: Trajectory | None = None
+
+
+class Spent(NamedTuple):
+    """Rows of the network, and seconds."""
+
+    rows: float = 0.0
+    seconds: float = 0.0
+
+
+def together(one: Spent, other: Spent) -> Spent:
+    return Spent(one.rows + other.rows, one.seconds + other.seconds)
+
+
+def spending(cost: Cost, work: Callable) -> tuple:
+    """What `work` returns, and what it cost."""
+    rows, began = sum(cost.rows), time.perf_counter()
+    result = work()
+    return result, Spent(sum(cost.rows) - rows, time.perf_counter() - began)
+
+
+class Correction(NamedTuple):
+    """How the guided source is brought back to the inversion: which share of the distance, at every which step."""
+
+    share: float = 1.0
+    every: int = 1
+
+
+class Batch:
+    """Some edits and what they share: encoded prompts, the inversions that were asked for, and what they cost."""
+
+    def __init__(self, loaded: tuple, cases: Sequence[Edit], arguments: argparse.Namespace) -> None:
+        model, self.clip, vae = loaded
+        self.cases, self.arguments, self.cfg = cases, arguments, arguments.cfg
+        self.model, self.cost = metered(model)
+        self.sigmas = ddim_sigmas(model, arguments.steps)
+        self.source, self.target = (
+            [encode(self.clip, [getattr(case, side).caption for case in cases])] for side in ("source", "target")
+        )
+        self.negative = [encode(self.clip, [""])]
+        self.latent = vae.encode(torch.from_numpy(np.stack([scenes.render(case.source) for case in cases])))
+        self.edits = [prompt_edit(self.clip, case, "auto") for case in cases]
+        self._inverted: dict[str, tuple[Inverted, Spent]] = {}
+
+    def inverted(self, name: str) -> tuple[Inverted, Spent]:
+        if name not in self._inverted:
+            before = self.inverted(UPON[name])[1] if name in UPON else Spent()
+            made, spent = spending(self.cost, lambda: INVERSIONS[name](self))
+            self._inverted[name] = made, together(before, spent)
+        return self._inverted[name]
+
+    def noise(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self.arguments.seed)
+        return torch.randn(self.latent.shape, generator=generator)
+
+    @cached_property
+    def moved(self) -> list:
+        return [[directed(self.clip, self.cases, self.source[0][0]), {}]]
+
+
+def euler() -> Sampler:
+    return comfy.samplers.sampler_object("euler")
+
+
+def ddim(batch: Batch) -> Inverted:
+    return Inverted(invert(batch.model, Guidance(batch.source), batch.latent, batch.sigmas), batch.negative, euler())
+
+
+def drifting(batch: Batch) -> Inverted:
+    noise = noise_latent(batch.model, batch.inverted(DDIM)[0].trajectory)
+    guidance = Guidance(batch.source, batch.negative, batch.cfg)
+    trajectory, _ = record(batch.model, guidance, euler(), batch.sigmas, torch.zeros_like(noise), noise, seed=0)
+    return Inverted(trajectory, batch.negative, euler())
+
+
+def fixed_point(batch: Batch) -> Inverted:
+    refinement = Refinement(iterations=3, average=1)
+    trajectory = invert(batch.model, Guidance(batch.source), batch.latent, batch.sigmas, refinement)
+    return Inverted(trajectory, batch.negative, euler())
+
+
+def negative_prompt(batch: Batch) -> Inverted:
+    return batch.inverted(DDIM)[0]._replace(negative=batch.source)
+
+
+def null_texts(batch: Batch) -> Inverted:
+    pivot = batch.inverted(DDIM)[0].trajectory
+    settings = NullText(cfg=batch.cfg)
+    negative, followed = null_text(batch.model, pivot, batch.negative, settings, checkpointing=False)
+    return Inverted(pivot, negative, euler(), followed)
+
+
+def null_text_of_source(batch: Batch) -> Inverted:
+    return Inverted(batch.inverted(NULL_TEXT)[0].followed, batch.negative, euler())
+
+
+def edit_friendly(batch: Batch) -> Inverted:
+    sigmas, guidance = batch.sigmas[round(0.36 * batch.arguments.steps) :], Guidance(batch.source)
+    trajectory, sampler = invert_edit_friendly(batch.model, guidance, batch.latent, sigmas, 1.0, batch.arguments.seed)
+    return Inverted(trajectory, batch.negative, sampler)
+
+
+def edict(batch: Batch) -> Inverted:
+    sigmas, guidance = batch.sigmas[round(0.2 * batch.arguments.steps) :], Guidance(batch.source)
+    trajectory, sampler = invert_edict(batch.model, guidance, batch.latent, sigmas, 0.93)
+    return Inverted(trajectory, batch.negative, sampler)
+
+
+def corrected(correction: Correction, batch: Batch) -> Inverted:
+    """The guided source, brought back to the inversion in part only (arXiv 2310.01506, section 5.3)."""
+    trajectory, _ = guided_source(batch, correction)
+    return Inverted(trajectory, batch.negative, euler())
+
+
+def target_too(batch: Batch) -> Inverted:
+    """The difference between the inversion and the guided source is added to the target as well."""
+    trajectory, differences = guided_source(batch, Correction())
+    return Inverted(trajectory, batch.negative, KSAMPLER(partial(walk, after=lambda x, i: x + differences[i])))
+
+
+def guided_source(batch: Batch, correction: Correction) -> tuple[Trajectory, list[Tensor]]:
+    """The source sampled at the edit's guidance and corrected after its steps, and the differences it was short of."""
+    pivot = batch.inverted(DDIM)[0].trajectory
+    noise = noise_latent(batch.model, pivot)
+    states, differences = [pivot.states[0]], []
+
+    def correct(x: Tensor, step: int) -> Tensor:
+        differences.append(pivot.states[step + 1] - x)
+        share = correction.share if (step + 1) % correction.every == 0 else 0.0
+        states.append(x + share * differences[-1])
+        return states[-1]
+
+    guider = Guidance(batch.source, batch.negative, batch.cfg).guider(batch.model)
+    guider.sample(torch.zeros_like(noise), noise, KSAMPLER(partial(walk, after=correct)), batch.sigmas, seed=0)
+    return as_trajectory(batch.model, Guidance(batch.source), states, batch.sigmas), differences
+
+
+def walk(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable, after: Callable) -> Tensor:
+    """Euler's method; `after` takes the state behind each step and gives it back changed."""
+    for i in range(len(sigmas) - 1):
+        denoised = model(x, sigmas[i] * x.new_ones(len(x)), **extra_args)
+        x = after(x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i]), i)
+    return x
+
+
+# --- editors ---------------------------------------------------------------------------------------------------------
+
+
+def naive(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
+    return batch.model, batch.target
+
+
+def p2p(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
+    rule = prompt_to_prompt(batch.edits, 1.0, batch.arguments)
+    return attach(batch.model, inverted.trajectory, rule), batch.target
+
+
+def blended(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
+    model, target = p2p(batch, inverted)
+    return attach_blend(model, inverted.trajectory, local_blend(batch.edits)), target
+
+
+def proximal(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
+    model, target = p2p(batch, inverted)
+    return attach_rule(model, Proximal(0.4, 1.0, 0.6, INVERSION), inverted.trajectory), target
+
+
+def pnp(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
+    decoder = decoder_from_second(batch.model.model.diffusion_model)
+    rule = PlugAndPlay(tuple(decoder[:1]), tuple(decoder), 0.8, 0.5)
+    return attach(batch.model, inverted.trajectory, rule), batch.target
+
+
+def masactrl(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
+    rule = MasaCtrl(last_layers(batch.model.model.diffusion_model, -1), 0.08, False, None)
+    return attach(batch.model, inverted.trajectory, rule), batch.target
+
+
+def pix2pix_zero(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
+    guide = CrossAttentionGuidance(0.3, 1.0, 64, False)
+    return attach_guide(batch.model, inverted.trajectory, guide, checkpointing=False), batch.moved
+
+
+DDIM, NULL_TEXT = "DDIM", "null text"
+INVERSIONS: dict[str, Callable[[Batch], Inverted]] = {
+    DDIM: ddim,
+    "drifting DDIM": drifting,
+    "fixed point": fixed_point,
+    "negative prompt": negative_prompt,
+    NULL_TEXT: null_texts,
+    "edit friendly": edit_friendly,
+    "EDICT": edict,
+}
+EDITORS: dict[str, Callable[[Batch, Inverted], tuple[ModelPatcher, list]]] = {
+    "naive": naive,
+    "P2P": p2p,
+    "P2P, blended": blended,
+    "P2P, proximal": proximal,
+    "PnP": pnp,
+    "MasaCtrl": masactrl,
+    "pix2pix-zero": pix2pix_zero,
+}
+GRID = [(inversion, editor) for inversion in INVERSIONS for editor in EDITORS]
+ABLATIONS: dict[str, Callable[[Batch], Inverted]] = {
+    "DDIM, 0.4 of the correction": partial(corrected, Correction(share=0.4)),
+    "DDIM, 0.8 of the correction": partial(corrected, Correction(share=0.8)),
+    "DDIM, corrected every 2nd step": partial(corrected, Correction(every=2)),
+    "DDIM, corrected every 5th step": partial(corrected, Correction(every=5)),
+    "DDIM, corrected every 10th step": partial(corrected, Correction(every=10)),
+    "DDIM, the target corrected too": target_too,
+    "null text, of the source alone": null_text_of_source,
+}
+GRID += [(inversion, "P2P") for inversion in ABLATIONS]
+INVERSIONS |= ABLATIONS
+UPON = dict.fromkeys(("drifting DDIM", "negative prompt", NULL_TEXT, *ABLATIONS), DDIM)
+UPON["null text, of the source alone"] = NULL_TEXT
+STRENGTHS = (0.4, 0.6, 0.8)
+RECIPES = [f"SDEdit at {strength:g}" for strength in STRENGTHS] + [" + ".join(pair) for pair in GRID]
+
+
+def edit(batch: Batch, recipe: str) -> tuple[Tensor, Spent]:
+    """The edited latents [b, c, h, w]. Raises ValueError where an inversion and an editor refuse each other."""
+    if recipe.startswith("SDEdit"):
+        return spending(batch.cost, lambda: sdedit(batch, float(recipe.split()[-1])))
+    inversion, editor = recipe.split(" + ")
+    inverted, before = batch.inverted(inversion)
+
+    def run() -> Tensor:
+        model, target = EDITORS[editor](batch, inverted)
+        return resample(model, inverted.trajectory, Guidance(target, inverted.negative, batch.cfg), inverted.sampler)
+
+    latent, spent = spending(batch.cost, run)
+    return latent, together(before, spent)
+
+
+def sdedit(batch: Batch, strength: float) -> Tensor:
+    """The host's img2img: the image noised to where the last steps begin, then sampled (arXiv 2108.01073)."""
+    sigmas = batch.sigmas[round((1 - strength) * batch.arguments.steps) :]
+    guider = Guidance(batch.target, batch.negative, batch.cfg).guider(batch.model)
+    return guider.sample(batch.noise(), batch.latent, euler(), sigmas, seed=0).cpu()
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One edit by one recipe: decibels to the true answer, verdicts, and its share of what the batch cost."""
+
+    recipe: str
+    case: int
+    kind: str
+    inside: float
+    outside: float
+    shown: bool
+    only: bool
+    rows: float
+    seconds: float
+    refused: str = ""
+
+    @classmethod
+    def read(cls, line: dict[str, str]) -> Row:
+        numbers = [float(line[name]) for name in ("inside", "outside", "rows", "seconds")]
+        shown, only = (line[name] == "True" for name in ("shown", "only"))
+        return cls(
+            line["recipe"], int(line["case"]), line["kind"], *numbers[:2], shown, only, *numbers[2:], line["refused"]
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--edits", type=int, default=200, help="how many, of the ten kinds in turn")
+    parser.add_argument("--batch", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cfg", type=float, default=4.0)
+    parser.add_argument("--cross", type=float, default=0.8, help="cross_replace of Prompt-to-Prompt")
+    parser.add_argument("--self", dest="self_", type=float, default=0.4, help="its self_replace")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="recipes whose names hold one of these; else all")
+    parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--folder", type=Path, default=Path("truth"), help="where results go, and are gone on from")
+
+
+SETTINGS = ("edits", "batch", "steps", "cfg", "cross", "self_", "seed")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    folder = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = hashlib.sha256(demo_model.WEIGHTS.read_bytes()).hexdigest()[:12]
+    settings = {name: getattr(arguments, name) for name in SETTINGS} | {"weights": weights}
+    check_settings(folder / "settings.json", settings)
+    chosen = [name for name in RECIPES if any(text in name for text in arguments.only or [""])]
+    if not chosen:
+        raise SystemExit(f"No recipe holds {' or '.join(arguments.only)}; there are: {'; '.join(RECIPES)}.")
+    results = Results(folder / "edits.csv")
+    cases, loaded = draw_cases(arguments.edits, arguments.seed), demo_model.load()
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+    with tqdm(total=len(cases) * len(chosen), unit="edit") as bar:
+        for first in range(0, len(cases), arguments.batch):
+            numbers = range(first, min(first + arguments.batch, len(cases)))
+            missing = [recipe for recipe in chosen if not results.hold(recipe, numbers)]
+            bar.update((len(chosen) - len(missing)) * len(numbers))
+            if missing:
+                batch = Batch(loaded, [cases[i] for i in numbers], arguments)
+                outcomes = [Outcomes(case) for case in batch.cases]
+            for recipe in missing:
+                bar.set_postfix_str(recipe)
+                results.add(score(batch, outcomes, recipe, numbers, loaded[2], folder / "pictures"))
+                bar.update(len(numbers))
+    report(folder, [row for row in results.rows if row.recipe in chosen], cases)
+
+
+def check_settings(path: Path, settings: dict) -> None:
+    """Raises SystemExit where results of other settings lie beside `path`."""
+    if path.exists() and (before := json.loads(path.read_text())) != settings:
+        other = ", ".join(
+            f"{name} {before[name]} (now {settings[name]})" for name in settings if before[name] != settings[name]
+        )
+        raise SystemExit(f"{path.parent} holds results of other settings: {other}; name another --folder.")
+    path.write_text(json.dumps(settings))
+
+
+class Results:
+    """The CSV file of all results, a recipe's batch written at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                self.rows = [Row.read(line) for line in csv.DictReader(file)]
+
+    def hold(self, recipe: str, numbers: Iterable[int]) -> bool:
+        return set(numbers) <= {row.case for row in self.rows if row.recipe == recipe}
+
+    def add(self, rows: list[Row]) -> None:
+        done = {(row.recipe, row.case) for row in rows}
+        self.rows = [row for row in self.rows if (row.recipe, row.case) not in done] + rows
+        partial_file = self.path.with_suffix(".partial")
+        with partial_file.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(Row._fields)
+            writer.writerows(self.rows)
+        partial_file.replace(self.path)
+
+
+def draw_cases(count: int, seed: int) -> list[Edit]:
+    rng = random.Random(seed)
+    return [demo_edits.draw(rng, EDITS[number % len(EDITS)]) for number in range(count)]
+
+
+def score(
+    batch: Batch, outcomes: Sequence[Outcomes], recipe: str, numbers: Sequence[int], vae, pictures: Path
+) -> list[Row]:
+    try:
+        latent, spent = edit(batch, recipe)
+    except ValueError as error:
+        refused = 0.0, 0.0, False, False, 0.0, 0.0, str(error)
+        return [Row(recipe, i, case.kind, *refused) for i, case in zip(numbers, batch.cases, strict=True)]
+    each, rows = Spent(*(value / len(numbers) for value in spent)), []
+    for number, image, outcome in zip(numbers, decode(vae, latent), outcomes, strict=True):
+        case, verdict = outcome.edit, outcome.judge(image)
+        rows.append(Row(recipe, number, case.kind, *errors(image, case), *verdict, *each))
+        if number < len(EDITS):
+            save(pictures / f"{number}", recipe, image)
+    return rows
+
+
+# --- what is made of the results -------------------------------------------------------------------------------------
+
+
+def save(folder: Path, recipe: str, image: np.ndarray) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray((image.clip(0, 1) * 255).round().astype(np.uint8))
+    picture.save(folder / f"{recipe}.png")
+
+
+def report(folder: Path, rows: list[Row], cases: Sequence[Edit]) -> None:
+    """`table.md`, `plot.png` and a sheet of pictures for every kind of edit."""
+    by_recipe: dict[str, list[Row]] = {}
+    for row in rows:
+        by_recipe.setdefault(row.recipe, []).append(row)
+    table = tabled({name: by_recipe[name] for name in RECIPES if name in by_recipe})
+    (folder / "table.md").write_text(table)
+    print(table)
+    plot({name: of for name, of in by_recipe.items() if not of[0].refused}, folder / "plot.png")
+    for number, case in enumerate(cases[: len(EDITS)]):
+        found = [(name, folder / "pictures" / f"{number}" / f"{name}.png") for name in RECIPES if name in by_recipe]
+        sheet(case, [(name, path) for name, path in found if path.exists()]).save(folder / f"{case.kind}.png")
+
+
+def tabled(by_recipe: dict[str, list[Row]]) -> str:
+    """Markdown: means, and how many of each kind show the asked change and nothing else."""
+    lines = [
+        "| recipe | inside, dB | outside, dB | shown | and nothing else | rows | " + " | ".join(EDITS) + " |",
+        "|---|---|---|---|---|---|" + "---|" * len(EDITS),
+    ]
+    refusals = []
+    for name, rows in by_recipe.items():
+        if rows[0].refused:
+            refusals.append(f"{name}: {rows[0].refused}")
+            continue
+        inside, outside = (np.nanmean([getattr(row, side) for row in rows]) for side in ("inside", "outside"))
+        kinds = [[row.only for row in rows if row.kind == kind] for kind in EDITS]
+        counts = [f"{sum(row.shown for row in rows)}/{len(rows)}", f"{sum(row.only for row in rows)}/{len(rows)}"]
+        cells = [f"{inside:.1f}", f"{outside:.1f}", *counts, f"{np.mean([row.rows for row in rows]):.0f}"]
+        cells += [f"{sum(only)}/{len(only)}" for only in kinds]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"- Refused: {refusal}" for refusal in refusals)]) + "\n"
+
+
+def plot(by_recipe: dict[str, list[Row]], path: Path) -> None:
+    """Preservation against success, one point a recipe, one colour an editor."""
+    figure = Figure((9, 6), layout="constrained")
+    axes = figure.subplots()
+    editors = list(dict.fromkeys(name.split(" + ")[-1].split(" at ")[0] for name in by_recipe))
+    for name, rows in by_recipe.items():
+        editor = name.split(" + ")[-1].split(" at ")[0]
+        x, y = np.nanmean([row.outside for row in rows]), 100 * np.mean([row.only for row in rows])
+        axes.scatter(x, y, color=f"C{editors.index(editor)}", label=editor)
+        axes.annotate(name.removesuffix(f" + {editor}"), (x, y), (4, 3), textcoords="offset points", fontsize=6)
+    axes.set_xlabel("outside the change, dB to the true answer")
+    axes.set_ylabel("asked change and nothing else, %")
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys())
+    figure.savefig(path, dpi=150)
+
+
+def sheet(case: Edit, tiles: Sequence[tuple[str, Path]], columns: int = 8) -> Image.Image:
+    """Source, answer and every recipe's picture of one edit, each with its name beneath."""
+    named = [("source", scenes.render(case.source)), ("answer", scenes.render(case.target))]
+    pictures = [(name, Image.fromarray((image * 255).round().astype(np.uint8))) for name, image in named]
+    pictures += [(name, Image.open(path)) for name, path in tiles]
+    width, height = scenes.SIZE + 6, scenes.SIZE + 26
+    page = Image.new("RGB", (columns * width, 16 + -(-len(pictures) // columns) * height), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((3, 2), f"{case.source.caption}  to  {case.target.caption}", fill="black")
+    for number, (name, picture) in enumerate(pictures):
+        x, y = number % columns * width + 3, 16 + number // columns * height
+        page.paste(picture, (x, y))
+        draw.text((x, y + scenes.SIZE), name.replace(" + ", "\n", 1), fill="black", font_size=9, spacing=1)
+    return page
