@@ -11,6 +11,7 @@ from PIL import Image
 
 from example_workflows import FOLDER, NAMES, WITHOUT_DOWNLOAD, api_form, overlaps, to_api, ui_form
 from host_server import HostServer, Prompt, Run
+from palimpsest import dev
 
 ENLARGED = 6
 
@@ -97,3 +98,20 @@ def test_every_node_has_a_help_page(server: HostServer) -> None:
     for name in ours:
         page = server.get(f"/extensions/palimpsest/docs/{name}.md").decode()
         assert page.startswith("# "), f"{name} needs a help page that begins with its title"
+
+
+def test_own_photo_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dev.py demo --checkpoint` finds what it fills in, and the picture that it copies is the last one saved."""
+    checkpoint, photo = tmp_path / "model.safetensors", tmp_path / "photo.png"
+    checkpoint.touch()
+    photo.touch()
+    monkeypatch.setattr(dev, "BASE", tmp_path / "base")
+    for folder in ("models/checkpoints", "input"):
+        (tmp_path / "base" / folder).mkdir(parents=True)
+    own, _ = dev.parse(["demo", *f"--checkpoint {checkpoint} --image {photo} --source a --target b --steps 3".split()])
+    workflow = api_form("edit-photo")
+    dev.fill_in(workflow, own)
+    values = [value for node in workflow.values() for value in node["inputs"].values() if not isinstance(value, list)]
+    assert all(values.count(value) == 1 for value in ("model.safetensors", "photo.png", "a", "b", 3))
+    picture = {"filename": "edit.png"}
+    assert dev.last_picture(workflow, {name: {"images": [picture]} for name in workflow}) == picture
