@@ -10,7 +10,7 @@ from host_server import PACK, Prompt
 
 FOLDER = PACK / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
-WITHOUT_DOWNLOAD = (
+EDITS = (  # save the source and its edits, side by side or as a batch
     "edict",
     "edit-friendly",
     "edit-generated-image",
@@ -23,6 +23,10 @@ WITHOUT_DOWNLOAD = (
     "pnp-translate",
     "several-targets",
 )
+# Each of these reads what the one before it has written.
+KEEPING = ("keep-inversion", "use-kept-inversion", "keep-direction", "use-kept-direction")
+LOOKING = ("attention-maps", "feature-viewer")
+WITHOUT_DOWNLOAD = (*EDITS, *KEEPING, *LOOKING)
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 TITLE_HEIGHT = 30
 COMPARER = {"__value__": ["", ""]}  # a slider that no workflow keeps; wrapped, for a list would be a link
@@ -85,4 +89,6 @@ def touch(one: Node, other: Node) -> bool:
 
 def box(node: Node) -> tuple[float, float, float, float]:
     left, top, width, height = *node["pos"], *node["size"]
+    if node["flags"].get("collapsed"):
+        return left, top - TITLE_HEIGHT, left + width, top
     return left, top - TITLE_HEIGHT, left + width, top + height

@@ -9,31 +9,46 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from example_workflows import FOLDER, NAMES, WITHOUT_DOWNLOAD, api_form, overlaps, to_api, ui_form
+from example_workflows import (
+    EDITS,
+    FOLDER,
+    KEEPING,
+    LOOKING,
+    NAMES,
+    WITHOUT_DOWNLOAD,
+    api_form,
+    to_api,
+    ui_form,
+)
 from host_server import HostServer, Prompt, Run
+from palimpsest import dev
 
 ENLARGED = 6
+SAMPLERS = ("PalimpsestEditSampler", "PalimpsestRecordTrajectory", "SamplerCustomAdvanced")
 
 
-def reseed_samplers(prompt: Prompt, seed: int) -> None:
-    """Another seed where it changes nothing: in the samplers that add no noise."""
-    samplers = [node for node in prompt.values() if node["inputs"].get("add_noise") in (False, "disable")]
+def sample_again(prompt: Prompt) -> None:
+    """An input that the samplers do not have: it changes nothing but what the host remembers them by."""
+    samplers = [node for node in prompt.values() if node["class_type"] in SAMPLERS]
     assert samplers
     for node in samplers:
-        node["inputs"]["noise_seed"] = seed
+        node["inputs"]["again"] = True
 
 
 def saved_pictures(server: HostServer, run: Run) -> list[np.ndarray]:
     assert not run.errors
+    shown = [output for output in run.outputs.values() if "a_images" not in output]  # the host's comparer
+    assert [list(output) for output in shown] == [["images"]]  # for clients that take the first, or any
+    assert not run.images("temp")
     return [np.asarray(Image.open(io.BytesIO(server.view(image)))).astype(float) for image in run.images()]
 
 
 def source_and_edits(pictures: list[np.ndarray]) -> list[np.ndarray]:
-    """The pictures of a batch, or the first two of those that stand side by side in one."""
+    """The pictures of a batch, whose last is the source, or the first two of those that stand side by side in one."""
     if len(pictures) > 1:
-        return pictures
+        return pictures[::-1]
     side, gap = ENLARGED * 64, ENLARGED * 2
-    return [pictures[0][:, :side], pictures[0][:, side + gap : 2 * side + gap]]
+    return [pictures[0][:side, :side], pictures[0][:side, side + gap : 2 * side + gap]]
 
 
 def test_every_workflow_has_both_forms() -> None:
@@ -45,15 +60,7 @@ def test_forms_are_equal(server: HostServer, name: str) -> None:
     assert to_api(ui_form(name), server.object_info) == api_form(name)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_layout_is_clean(name: str) -> None:
-    workflow = ui_form(name)
-    assert [node["type"] for node in workflow["nodes"]].count("MarkdownNote") == 1
-    assert workflow["groups"]
-    assert overlaps(workflow["nodes"]) == []
-
-
-@pytest.mark.parametrize("name", WITHOUT_DOWNLOAD)
+@pytest.mark.parametrize("name", EDITS)
 def test_runs_and_repeats_bit_for_bit(server: HostServer, name: str) -> None:
     prompt = api_form(name, steps=10)
     pictures = saved_pictures(server, server.run(prompt))
@@ -61,9 +68,24 @@ def test_runs_and_repeats_bit_for_bit(server: HostServer, name: str) -> None:
     assert edits
     assert all(np.abs(source - edit).mean() > 2 for edit in edits)
 
-    reseed_samplers(prompt, 12345)
+    sample_again(prompt)
     again = saved_pictures(server, server.run(prompt))
     assert all(np.array_equal(one, other) for one, other in zip(pictures, again, strict=True))
+
+
+def test_what_was_kept_is_used(tmp_path: Path) -> None:
+    """In a new output folder, for the files are named by their numbers."""
+    with HostServer(tmp_path) as fresh:
+        for name in KEEPING:
+            (picture,) = saved_pictures(fresh, fresh.run(api_form(name, steps=4)))
+            assert picture.std() > 5, name
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_shows_several_pictures(server: HostServer, name: str) -> None:
+    pictures = saved_pictures(server, server.run(api_form(name, steps=4)))
+    assert len(pictures) > 1
+    assert all(picture.std() > 5 for picture in pictures)
 
 
 @pytest.mark.slow
@@ -97,3 +119,20 @@ def test_every_node_has_a_help_page(server: HostServer) -> None:
     for name in ours:
         page = server.get(f"/extensions/palimpsest/docs/{name}.md").decode()
         assert page.startswith("# "), f"{name} needs a help page that begins with its title"
+
+
+def test_own_photo_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dev.py demo --checkpoint` finds what it fills in, and the picture that it copies is the last one saved."""
+    checkpoint, photo = tmp_path / "model.safetensors", tmp_path / "photo.png"
+    checkpoint.touch()
+    photo.touch()
+    monkeypatch.setattr(dev, "BASE", tmp_path / "base")
+    for folder in ("models/checkpoints", "input"):
+        (tmp_path / "base" / folder).mkdir(parents=True)
+    own, _ = dev.parse(["demo", *f"--checkpoint {checkpoint} --image {photo} --source a --target b --steps 3".split()])
+    workflow = api_form("edit-photo")
+    dev.fill_in(workflow, own)
+    values = [value for node in workflow.values() for value in node["inputs"].values() if not isinstance(value, list)]
+    assert all(values.count(value) == 1 for value in ("model.safetensors", "photo.png", "a", "b", 3))
+    picture = {"filename": "edit.png"}
+    assert dev.last_picture(workflow, {name: {"images": [picture]} for name in workflow}) == picture
