@@ -180,9 +180,7 @@ def test_lpips_as_torchmetrics_measures_it(lpips: Lpips, monkeypatch: pytest.Mon
 LAYERS, WIDTH, PATCH = 2, 128, 16
 
 
-@pytest.fixture(scope="module")
-def vits() -> tuple[ViTModel, DinoViT]:
-    """The same random weights in transformers' class and in ours."""
+def random_vit() -> ViTModel:
     torch.manual_seed(5)
     config = ViTConfig(
         hidden_size=WIDTH,
@@ -193,7 +191,13 @@ def vits() -> tuple[ViTModel, DinoViT]:
         image_size=224,
         initializer_range=0.1,
     )
-    theirs = ViTModel(config, add_pooling_layer=False).double().eval()
+    return ViTModel(config, add_pooling_layer=False).eval()
+
+
+@pytest.fixture(scope="module")
+def vits() -> tuple[ViTModel, DinoViT]:
+    """The same random weights in transformers' class and in ours."""
+    theirs = random_vit().double()
     return theirs, DinoViT(dino_weights(theirs)).double()
 
 
