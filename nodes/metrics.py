@@ -269,7 +269,7 @@ def _comparisons(
 ) -> Tensor:
     """[b, h, w, 3]: a row of pictures for each edit."""
     change = colored((GAIN * (edited - source).abs().mean(-1)).clamp(0, 1), None)
-    named = {"before": source, "after": edited, f"difference × {GAIN}": change}
+    named = {"before": source, "after": edited, f"difference, {GAIN} times": change}
     if truth is not None:
         named["truth"] = truth
     if INSIDE in regions:

@@ -17,6 +17,7 @@ WITHOUT_DOWNLOAD = (
     "edit-real-image",
     "local-blend",
     "masactrl-edit",
+    "measure-edit",
     "negative-prompt-inversion",
     "null-text",
     "pix2pix-zero",
