@@ -11,7 +11,6 @@ import comfy.utils
 import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy.sd import CLIP
-from comfy.sd1_clip import SDClipModel
 from comfy_api.latest import io, ui
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from ..metrics.comparison import comparison
 from ..metrics.lpips import SMALLEST
 from ..metrics.pixels import mse, psnr, ssim
 from ..metrics.structure import structure_distance
-from .networks import Missing, load_dino, load_lpips
+from .networks import Missing, load_dino, load_lpips, text_embedding
 from .widgets import drawn
 
 WHOLE, INSIDE, OUTSIDE = "whole picture", "inside the mask", "outside the mask"
@@ -215,7 +214,7 @@ def _clip_values(
         raise ValueError(f"Edit Metrics needs both halves of a CLIP, but {missing} is not connected: connect it.")
     if not target_prompt.strip():
         raise ValueError("Edit Metrics has no target_prompt for its CLIP: write what the edit should show.")
-    target = _text_embedding(clip, target_prompt)
+    target = text_embedding(clip, target_prompt)
     pictures = clip_vision.encode_image(edited)["image_embeds"]
     if pictures.shape[1] != target.shape[1]:
         raise ValueError(
@@ -226,26 +225,8 @@ def _clip_values(
     if not source_prompt.strip():
         return values, [f"{DIRECTION} is not measured: source_prompt is empty."]
     before = clip_vision.encode_image(source)["image_embeds"]
-    values[DIRECTION, WHOLE] = clip_direction(before, pictures, _text_embedding(clip, source_prompt), target)
+    values[DIRECTION, WHOLE] = clip_direction(before, pictures, text_embedding(clip, source_prompt), target)
     return values, []
-
-
-def _text_embedding(clip: CLIP, prompt: str) -> Tensor:
-    """[1, c]. Raises ValueError for a text encoder that makes none."""
-    _, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
-    for encoder in clip.cond_stage_model.modules():
-        # Diffusion models read it unprojected; without a projection in its file the host's holds any numbers.
-        if isinstance(encoder, SDClipModel) and not encoder.return_projected_pooled:
-            projection = encoder.transformer.text_projection.weight.to(pooled)
-            known = projection.shape[1] == pooled.shape[1] and 0 < float(projection.abs().max()) < 100
-            pooled = pooled @ projection.T if known else None
-            break
-    if pooled is None:
-        raise ValueError(
-            "The clip of Edit Metrics has no projection of prompts to where pictures are, as in checkpoints of SD1.x: "
-            "load a whole CLIP by Load CLIP."
-        )
-    return pooled
 
 
 def _told(values: Values, pictures: int, against_truth: bool) -> list[str]:

@@ -7,7 +7,9 @@ from pathlib import Path
 import comfy.model_management
 import comfy.utils
 import folder_paths
-from torch import nn
+from comfy.sd import CLIP
+from comfy.sd1_clip import SDClipModel
+from torch import Tensor, nn
 
 from ..metrics.lpips import Lpips
 from ..metrics.structure import DinoViT
@@ -42,6 +44,24 @@ def load_dino() -> DinoViT:
     except (RuntimeError, KeyError) as error:
         raise ValueError(f"{path} does not hold the weights of DINO ViT-B/8 as its authors publish them.") from error
     return _placed(model)
+
+
+def text_embedding(clip: CLIP, prompt: str) -> Tensor:
+    """[1, c]. Raises ValueError for a text encoder that makes none."""
+    _, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
+    for encoder in clip.cond_stage_model.modules():
+        # Diffusion models read it unprojected; without a projection in its file the host's holds any numbers.
+        if isinstance(encoder, SDClipModel) and not encoder.return_projected_pooled:
+            projection = encoder.transformer.text_projection.weight.to(pooled)
+            known = projection.shape[1] == pooled.shape[1] and 0 < float(projection.abs().max()) < 100
+            pooled = pooled @ projection.T if known else None
+            break
+    if pooled is None:
+        raise ValueError(
+            "The CLIP has no projection of prompts to where pictures are, as in checkpoints of SD1.x: "
+            "load a whole CLIP by Load CLIP."
+        )
+    return pooled
 
 
 def _found(name: str) -> Path:
