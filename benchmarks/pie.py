@@ -183,9 +183,9 @@ def load_judges(clip: str, clip_vision: str) -> tuple[dict[str, Any], list[str]]
     for name, load in loaders.items():
         try:
             judges[name] = load()
-        except Missing as missing:
+        except (Missing, ValueError) as fault:
             judges[name] = None
-            notes.append(f"{name} is not measured: {missing}.")
+            notes.append(f"{name} is not measured: {str(fault).rstrip('.')}.")
     return judges, notes
 
 
