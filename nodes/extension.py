@@ -17,6 +17,7 @@ from . import (
     inject,
     inversion,
     maps,
+    metrics,
     null_text,
     p2p,
     prompt,
@@ -58,6 +59,7 @@ NODES: list[type[io.ComfyNode]] = [
     store.LoadAttentionStore,
     maps.AttentionMaps,
     viewer.FeatureViewer,
+    metrics.EditMetrics,
     demo.LoadDemoModel,
     demo.DemoScene,
 ]

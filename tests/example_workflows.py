@@ -17,6 +17,7 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "edit-real-image",
     "local-blend",
     "masactrl-edit",
+    "measure-edit",
     "negative-prompt-inversion",
     "null-text",
     "pix2pix-zero",

@@ -112,6 +112,7 @@ def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, demo: tuple, fold
     scene, *_ = run("DemoScene")
     found, *_ = run("DDIMInversion", model=unet, source=source, image=scene, vae=vae, steps=1)
     run("EditSampler", model=unet, trajectory=found, positive=target, vae=vae)
+    run("EditMetrics", source=scene, edited=scene)
     assert run.executed == {node.GET_SCHEMA().node_id for node in NODES}
     assert len(run.kept) > 20
     assert [(run.plain[at], run.kept[at]) for at in run.plain.keys() & run.kept.keys()] == []
