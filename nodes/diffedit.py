@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch.nn.functional import interpolate
 
 from ..inversion.diffedit import NODE, Settings, difference_mask
@@ -27,7 +27,7 @@ class DifferenceMask(io.ComfyNode):
                 io.Conditioning.Input("target", tooltip="What the edit should show: Prompt Edit's target output."),
                 fraction(
                     "threshold",
-                    0.5,
+                    0.3,
                     "Lower makes the mask larger. 0 gives the differences themselves, from 0 to 1.",
                 ),
                 io.Float.Input(
@@ -76,5 +76,4 @@ class DifferenceMask(io.ComfyNode):
         settings = Settings(noise_level, noises, ratio, seed)
         differences = difference_mask(model, source, target, latent_of(image, vae, NODE), settings)
         found = (differences > threshold).float() if threshold > 0 else differences
-        mask = interpolate(found[:, None], scale_factor=8, mode="nearest")[:, 0]
-        return io.NodeOutput(mask, ui=ui.PreviewMask(mask, cls=cls))
+        return io.NodeOutput(interpolate(found[:, None], scale_factor=8, mode="nearest")[:, 0])

@@ -119,7 +119,7 @@ def test_calls(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_demo_finds_what_changes(demo: tuple) -> None:
-    """At the node's defaults, which are the paper's: most of what the right answer changes, and little else."""
+    """At the node's defaults: most of what the right answer changes, and little else."""
     model, clip, vae = demo
     source, target, *_ = execute(PromptEdit, clip=clip, source_prompt=SOURCE, target_prompt=TARGET)
     drawn = [scenes.render(scenes.parse(text, SEED)) for text in (SOURCE, TARGET)]
@@ -130,10 +130,10 @@ def test_the_demo_finds_what_changes(demo: tuple) -> None:
     assert set(mask.unique().tolist()) == {0, 1}
     changed = interpolate(torch.from_numpy(scenes.changed(*drawn)).float()[None, None], (128, 128))[0] > 0
     mask = mask > 0
-    assert float((mask & changed).sum() / (mask | changed).sum()) > 0.5
+    assert float((mask & changed).sum() / (mask | changed).sum()) > 0.7
 
     (soft,) = execute(DifferenceMask, **inputs, threshold=0.0)
-    assert torch.equal(soft > 0.5, mask)
+    assert torch.equal(soft > 0.3, mask)
 
 
 def test_bad_input(tiny: Tiny) -> None:
