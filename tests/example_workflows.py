@@ -11,6 +11,7 @@ from host_server import PACK, Prompt
 FOLDER = PACK / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 EDITS = (  # save the source and its edits, side by side or as a batch
+    "diffedit",
     "edict",
     "edit-friendly",
     "edit-generated-image",

@@ -104,6 +104,7 @@ def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, demo: tuple, fold
     run("MasaCtrl", **edited, source_mask=mask, target_mask=mask)
     run("LocalBlend", **edited, prompt_edit=edit, mask=mask)
     run("LocalBlendMask", **edited, edited=noise)
+    run("DifferenceMask", model=model, source=source, image=image, target=tiny.target, noises=2)
     run("CrossAttentionGuidance", **edited)
     run("NegativePromptGuidance", **edited, empty=source)
     run("ProximalGuidance", **edited)
