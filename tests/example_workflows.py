@@ -22,6 +22,7 @@ WITHOUT_DOWNLOAD = (
     "pix2pix-zero",
     "pnp-translate",
     "several-targets",
+    "virtual-inversion",
 )
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 TITLE_HEIGHT = 30

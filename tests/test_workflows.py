@@ -16,11 +16,12 @@ ENLARGED = 6
 
 
 def reseed_samplers(prompt: Prompt, seed: int) -> None:
-    """Another seed where it changes nothing: in the samplers that add no noise."""
-    samplers = [node for node in prompt.values() if node["inputs"].get("add_noise") in (False, "disable")]
-    assert samplers
-    for node in samplers:
-        node["inputs"]["noise_seed"] = seed
+    """Another seed where it changes nothing: in samplers that add no noise, and before one that adds its own."""
+    seeds = [(node, "noise_seed") for node in prompt.values() if node["inputs"].get("add_noise") in (False, "disable")]
+    seeds += [(node, "seed") for node in prompt.values() if node["class_type"] == "PalimpsestVirtualInversion"]
+    assert seeds
+    for node, name in seeds:
+        node["inputs"][name] = seed
 
 
 def saved_pictures(server: HostServer, run: Run) -> list[np.ndarray]:
