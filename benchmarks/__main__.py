@@ -1,4 +1,4 @@
-"""`python dev.py bench edits|samples|p2p|reconstruction`: what the edits and the demo model are worth, and cost."""
+"""`python dev.py bench edits|steps|samples|p2p|reconstruction`: what edits and the demo model are worth, and cost."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import argparse
 
 import torch
 
-from . import edits, p2p, reconstruction, samples
+from . import edits, p2p, reconstruction, samples, steps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="dev.py bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in (("edits", edits), ("samples", samples), ("p2p", p2p), ("reconstruction", reconstruction)):
+    modules = {"edits": edits, "steps": steps, "samples": samples, "p2p": p2p, "reconstruction": reconstruction}
+    for name, module in modules.items():
         command = commands.add_parser(name, help=module.__doc__.splitlines()[0])
         module.add_arguments(command)
         command.set_defaults(run=module.run)
