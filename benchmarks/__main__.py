@@ -1,4 +1,4 @@
-"""`python dev.py bench edits|samples|p2p|reconstruction|pie`: what the edits and the demo model are worth, and cost."""
+"""`python dev.py bench NAME`: what the edits and the demo model are worth, and what they cost."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import argparse
 
 import torch
 
-from . import edits, p2p, pie, reconstruction, samples
+from . import edits, p2p, pie, reconstruction, samples, steps
 
+MODULES = {
+    "edits": edits,
+    "pie": pie,
+    "steps": steps,
+    "samples": samples,
+    "p2p": p2p,
+    "reconstruction": reconstruction,
+}
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="dev.py bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    modules = {"edits": edits, "samples": samples, "p2p": p2p, "reconstruction": reconstruction, "pie": pie}
-    for name, module in modules.items():
+    for name, module in MODULES.items():
         command = commands.add_parser(name, help=module.__doc__.splitlines()[0])
         module.add_arguments(command)
         command.set_defaults(run=module.run)

@@ -26,12 +26,14 @@ from . import (
     store,
     trajectory,
     viewer,
+    virtual,
 )
 
 NODES: list[type[io.ComfyNode]] = [
     inversion.DDIMInversion,
     exact.EditFriendlyInversion,
     exact.EDICTInversion,
+    virtual.VirtualInversion,
     inversion.RecordTrajectory,
     trajectory.SaveTrajectory,
     trajectory.LoadTrajectory,

@@ -24,6 +24,7 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "pix2pix-zero",
     "pnp-translate",
     "several-targets",
+    "virtual-inversion",
 )
 # Each of these reads what the one before it has written.
 KEEPING = ("keep-inversion", "use-kept-inversion", "keep-direction", "use-kept-direction")

@@ -24,7 +24,7 @@ from host_server import HostServer, Prompt, Run
 from palimpsest import dev
 
 ENLARGED = 6
-SAMPLERS = ("PalimpsestEditSampler", "PalimpsestRecordTrajectory", "SamplerCustomAdvanced")
+SAMPLERS = ("KSampler", "PalimpsestEditSampler", "PalimpsestRecordTrajectory", "SamplerCustomAdvanced")
 
 
 def sample_again(prompt: Prompt) -> None:
