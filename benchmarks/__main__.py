@@ -17,6 +17,7 @@ MODULES = {
     "reconstruction": reconstruction,
 }
 
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="dev.py bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
