@@ -7,6 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+import torchmetrics.functional.image as image
+import torchmetrics.functional.image.lpips as torchmetrics_lpips
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from torchvision.models import squeezenet1_1
@@ -88,15 +91,11 @@ def test_the_same_and_nothing() -> None:
 
 
 def test_pixels_as_others_measure_them() -> None:
-    image = pytest.importorskip("torchmetrics.functional.image")
-    skimage = pytest.importorskip("skimage.metrics")
     one, other, _ = pictures(60, 41)
     a, b = one[0].double().numpy(), other[0].double().numpy()
     gaussian = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": -1}
-    assert float(ssim(one, other)[0]) == pytest.approx(
-        skimage.structural_similarity(a, b, data_range=1, **gaussian), rel=1e-6
-    )
-    assert float(psnr(one, other)[0]) == pytest.approx(skimage.peak_signal_noise_ratio(a, b, data_range=1), rel=1e-9)
+    assert float(ssim(one, other)[0]) == pytest.approx(structural_similarity(a, b, data_range=1, **gaussian), rel=1e-6)
+    assert float(psnr(one, other)[0]) == pytest.approx(peak_signal_noise_ratio(a, b, data_range=1), rel=1e-9)
     planes = [each[:1].double().movedim(-1, 1) for each in (one, other)]
     theirs = image.structural_similarity_index_measure(*planes, data_range=1.0)  # windows at the edge see it mirrored
     mirrored = [pad(each, (5, 5, 5, 5), mode="reflect").movedim(1, -1) for each in planes]
@@ -158,7 +157,6 @@ def test_lpips_of_a_part(lpips: Lpips) -> None:
 
 
 def test_lpips_as_torchmetrics_measures_it(lpips: Lpips, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = pytest.importorskip("torchmetrics.functional.image.lpips")
     network, heads = lpips_weights()
 
     def squeezenet(*_: object, **__: object) -> torch.nn.Module:
@@ -167,7 +165,7 @@ def test_lpips_as_torchmetrics_measures_it(lpips: Lpips, monkeypatch: pytest.Mon
         return model
 
     monkeypatch.setattr("torchvision.models.squeezenet1_1", squeezenet)
-    metric = theirs._LPIPS(pretrained=False, net="squeeze", pnet_rand=True)
+    metric = torchmetrics_lpips._LPIPS(pretrained=False, net="squeeze", pnet_rand=True)
     metric.load_state_dict(heads, strict=False)
     one, other, _ = pictures(80, 64)
     planes = [2 * each.movedim(-1, 1) - 1 for each in (one, other)]

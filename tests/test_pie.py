@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchmetrics.functional.image as image
 from PIL import Image
 
 from example_workflows import NAMES, api_form
@@ -243,7 +244,6 @@ def test_metrics_with_and_without_the_published_quirks() -> None:
 
 
 def test_published_values_as_torchmetrics_gives_them() -> None:
-    image = pytest.importorskip("torchmetrics.functional.image")
     source, edited = torch.rand(2, 1, 40, 48, 3, generator=torch.Generator().manual_seed(0))
     mask = decoded_mask([500, 700], 40, 48)
     black = [(each * (1 - with_edge(mask))[..., None]).movedim(-1, 1) for each in (edited, source)]
