@@ -6,9 +6,17 @@ import argparse
 
 import torch
 
-from . import edits, p2p, reconstruction, samples, truth
+from . import edits, p2p, pie, reconstruction, samples, steps, truth
 
-MODULES = {"truth": truth, "edits": edits, "samples": samples, "p2p": p2p, "reconstruction": reconstruction}
+MODULES = {
+    "truth": truth,
+    "edits": edits,
+    "pie": pie,
+    "steps": steps,
+    "samples": samples,
+    "p2p": p2p,
+    "reconstruction": reconstruction,
+}
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from .refusals import (
     check_positions_kept,
     check_prompt_kept,
     check_same_length,
+    check_states_known,
     check_two_latents,
     check_unmixed,
 )
@@ -64,6 +65,7 @@ class Guide(Protocol):
 def attach_guide(model: ModelPatcher, trajectory: Trajectory, guide: Guide, checkpointing: bool) -> ModelPatcher:
     """A clone of `model` whose latent `guide` moves. Raises ValueError as `source.attach`."""
     model, branch = source.branched(model, trajectory)
+    check_states_known(branch.virtual, "Cross Attention Guidance")
     if KEY in model.model_options["transformer_options"]:
         raise ValueError("This MODEL already carries a Cross Attention Guidance: one has to do, with a larger amount.")
     model = differentiable(model, checkpointing)

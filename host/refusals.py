@@ -203,6 +203,7 @@ def check_run(
     denoise_mask: Tensor | None,
 ) -> None:
     """Raises ValueError for a sampling run that cannot follow `trajectory`."""
+    check_inverted(trajectory)
     check_deterministic(sampler, sigmas)
     check_same_model(guider.model_patcher, trajectory)
     _check_conditionings(guider)
@@ -231,6 +232,66 @@ def check_run(
         raise ValueError(
             f"The sampler's schedule has sigma {strangers[0]:.4g}, which the trajectory of {trajectory.steps} steps "
             f"lacks: {_fitting_schedule(name)}."
+        )
+
+
+def check_inverted(trajectory: Trajectory) -> None:
+    """Raises ValueError for the trajectory of Virtual Inversion: at every sigma the same image with the same noise."""
+    (first, second, *_), image, (sigma, below, *_) = trajectory.states, trajectory.states[-1], trajectory.sigmas
+    expected = image + (first - image) * (below / sigma)
+    if trajectory.steps > 1 and _distance(second, expected) < 1e-5:
+        raise ValueError(
+            "The trajectory of Virtual Inversion is the image with noise on it, along which only that node's MODEL can "
+            "be sampled: connect the model output of Virtual Inversion, or invert the image with DDIM Inversion."
+        )
+
+
+def check_states_known(virtual: bool, part: str) -> None:
+    """Raises ValueError where `part` would read states of the source that are made only while the edit is sampled."""
+    if virtual:
+        raise ValueError(
+            f"{part} reads the source's states, which Virtual Inversion makes only while it samples: remove it from "
+            "this MODEL, or invert the image with DDIM Inversion."
+        )
+
+
+def check_follows(sampler: Sampler, follows: bool) -> None:
+    """Raises ValueError for samplers that make no edit of what Virtual Inversion answers."""
+    if not follows:
+        name = _function_name(sampler).removeprefix("sample_") or type(sampler).__name__
+        raise ValueError(
+            f"The sampler '{name}' mixes more into a step than the model's last answer, which Virtual Inversion cannot "
+            "turn into an edit: choose euler, ddim, lcm, ddpm or euler_ancestral."
+        )
+
+
+def check_image_run(guider: CFGGuider, image: Tensor, noise: Tensor, latent: Tensor, sigmas: Tensor) -> None:
+    """Raises ValueError for a sampling run that Virtual Inversion cannot make an edit of `image` [1 or b, c, h, w]."""
+    check_every_call(guider.model_patcher, "Virtual Inversion")
+    _check_conditionings(guider)
+    check_one_gpu(guider.model_patcher)
+    own = guider.model_patcher.model.process_latent_in(latent)
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    if own.shape[1:] != image.shape[1:] or len(image) not in (1, len(own)) or _distance(own, image) > SAME:
+        raise ValueError(
+            "The sampler's latent_image is not the image of Virtual Inversion: connect that node's latent output, or "
+            "use Edit Sampler."
+        )
+    if not noise.any():
+        raise ValueError(
+            "The sampler adds no noise to the image, without which Virtual Inversion changes nothing: switch add_noise "
+            "on, or use KSampler or Edit Sampler."
+        )
+    first, last, top = float(sigmas[0]), float(sigmas[-1]), float(sampling.sigma_max)
+    if first > 1.01 * top:
+        raise ValueError(
+            f"The sampler's schedule begins at sigma {first:.4g}, but this MODEL knows noise up to {top:.4g} alone: "
+            "connect the sigmas of Virtual Inversion, or lower the scheduler's sigma_max."
+        )
+    if last > 1.01 * float(sampling.sigma_min):
+        raise ValueError(
+            f"The sampler stops at sigma {last:.4g}, but an edit by Virtual Inversion is known at the end of a run "
+            "alone: set end_at_step to the last step, and connect all of the sigmas."
         )
 
 

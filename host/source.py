@@ -6,7 +6,8 @@ attention layer; several edits on one MODEL share one branch. Where no edit want
 holds what they want, it does not join.
 
 OUTER_SAMPLE checks the run and lets the host process the source conditioning beside the others, CALC_COND_BATCH
-appends it to the model call, APPLY_MODEL puts the trajectory's state into its rows, and PREDICT_NOISE blends.
+appends it to the model call, APPLY_MODEL puts the trajectory's state into its rows, and PREDICT_NOISE blends. In an
+edit without inversion (`virtual`) the run gives the source's states, and takes its prediction from the call as well.
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ from .refusals import (
     check_same_model,
     check_source,
     check_start,
+    check_states_known,
     check_unet,
 )
+from .schedule import step_of
 from .shortcuts import uncached, uncompiled
 from .store import AttentionStore
 from .trajectory import Trajectory
@@ -50,12 +53,16 @@ OWN = ("control", "gligen")  # what the host hands on from the positive conditio
 
 @dataclass(frozen=True)
 class SourceBranch:
-    """What a MODEL carries: the source and what reads from it. Immutable; the state of a run is in `_Run`."""
+    """What a MODEL carries: the source and what reads from it. Immutable; the state of a run is in `_Run`.
+
+    virtual: whether a run gives the source's states itself, at sigmas of its own, and reads the source's prediction.
+    """
 
     trajectory: Trajectory
     edits: tuple[Edit, ...] = ()
     store: AttentionStore | None = None
     blend: Blend | None = None
+    virtual: bool = False
 
 
 def attach(
@@ -70,6 +77,8 @@ def attach(
     model, branch = branched(model, trajectory)
     if any(type(other) is type(edit) for other in branch.edits):
         raise ValueError(f"This MODEL already carries a {edit.node}: write the whole edit into one such node.")
+    if store is not None:
+        check_states_known(branch.virtual, "An attention store")
     if store is not None and not torch.equal(store.trajectory.states, trajectory.states):
         raise ValueError("The attention store was recorded from another trajectory: record it from this edit's.")
     if store is not None and branch.store is not None and store is not branch.store:
@@ -82,6 +91,7 @@ def attach(
 def attach_blend(model: ModelPatcher, trajectory: Trajectory, blend: Blend) -> ModelPatcher:
     """A clone of `model` whose samples are the source outside the blend's mask. Raises ValueError as `attach`."""
     model, branch = branched(model, trajectory)
+    check_states_known(branch.virtual, "Local Blend")
     if branch.blend is not None:
         raise ValueError("This MODEL already carries a Local Blend: write all its words and masks into one.")
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
@@ -110,9 +120,22 @@ def branched(model: ModelPatcher, trajectory: Trajectory) -> tuple[ModelPatcher,
         model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _calc_cond_batch)
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model)
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model)
-    elif not torch.equal(branch.trajectory.states, trajectory.states):
-        raise ValueError("Two edits on this MODEL read from different trajectories: connect the same one to both.")
+    else:
+        check_same_states(model, trajectory)
     return model, branch
+
+
+def check_same_states(model: ModelPatcher, trajectory: Trajectory) -> None:
+    """Raises ValueError where a model with a source branch meets another source."""
+    branch = model.model_options["transformer_options"][KEY]
+    if torch.equal(branch.trajectory.states, trajectory.states):
+        return
+    if branch.virtual:
+        raise ValueError(
+            "This MODEL edits by Virtual Inversion, which takes no trajectory but its own: connect the trajectory "
+            "output of that Virtual Inversion."
+        )
+    raise ValueError("Two edits on this MODEL read from different trajectories: connect the same one to both.")
 
 
 class _Run:
@@ -124,12 +147,19 @@ class _Run:
         self.started = False
         self.live: set[int] = set()  # the steps at which the source's row took part
         self.maps: dict[int, tuple[Tensor, Tensor]] = {}  # by step: word maps of source and target
+        self.predicted: Tensor | None = None  # the source's denoised estimate, where it is read
 
     @property
     def source(self) -> dict:
         """The processed source conditioning, with the ControlNet and GLIGEN that made the trajectory and no others."""
         own = self.branch.trajectory.conditioning[0][1]
         return {key: value for key, value in self.guider.conds[KEY][0].items() if key not in OWN or key in own}
+
+    def step(self, sigma: float) -> tuple[int | None, int]:
+        """Which step a call at `sigma` belongs to, and of how many; None where the trajectory has no such sigma."""
+        if self.branch.virtual:
+            return step_of(self.sigmas, sigma), len(self.sigmas) - 1
+        return self.branch.trajectory.index(sigma), self.branch.trajectory.steps
 
     def state(self, x: Tensor, index: int, given: Tensor | None = None) -> Tensor:
         """[1 or b, c, h, w]: the trajectory's state beside x, or the one `given` in its place.
@@ -152,8 +182,8 @@ class _Run:
 
         options: the call's transformer options; they may hold another state of the source than the trajectory's.
         """
-        trajectory, sigma, given = self.branch.trajectory, float(timestep[0]), options.get(STATE)
-        index = trajectory.index(sigma)
+        sigma, given = float(timestep[0]), options.get(STATE)
+        index, steps = self.step(sigma)
         if index is None:
             raise ValueError(
                 f"The sampler asks for sigma {sigma:.4g}, which the trajectory does not hold: "
@@ -165,12 +195,12 @@ class _Run:
         state = self.state(x, index, given)
         positive = self.guider.conds["positive"]
         target = place(conds, positive)
-        rules = [rule for edit in self.branch.edits if (rule := edit.at(index / trajectory.steps))]
+        rules = [rule for edit in self.branch.edits if (rule := edit.at(index / steps))]
         if target is None:  # a guider that calls prompt by prompt, or a node that calls the negative again
             rules = [rule for rule in rules if rule.everyone]
         word_maps = None if target is None else self.word_maps(index, x)
         present = [i for i, _ in _running(conds, x, timestep)]
-        if not present or (not rules and word_maps is None):
+        if not present or (not rules and word_maps is None and not self.predicts(target)):
             return None
         for rule in rules:
             check_one_model(model, self.guider, rule.node)
@@ -183,6 +213,10 @@ class _Run:
         tokens = self.source["cross_attn"].shape[1], positive[0]["cross_attn"].shape[1]
         source = len(conds) if kept is None else None
         return Call(rules, index, state, source, target, present, tokens, word_maps, kept or {})
+
+    def predicts(self, target: int | None) -> bool:
+        """Whether the source's prediction is read from a call with the target in it: the first of a step."""
+        return self.branch.virtual and target is not None and self.predicted is None
 
     def word_maps(self, index: int, x: Tensor) -> WordMaps | None:
         """What to measure in this call: the blend's phrases, once a step."""
@@ -226,7 +260,8 @@ def _outer_sample(
     guider = executor.class_obj
     options = guider.model_options["transformer_options"]  # the host's copy for this run alone
     branch = options[KEY]
-    check_run(branch.trajectory, guider, noise, latent_image, sampler, sigmas, denoise_mask)
+    if not branch.virtual:
+        check_run(branch.trajectory, guider, noise, latent_image, sampler, sigmas, denoise_mask)
     positive = guider.conds["positive"][0]["cross_attn"]
     for part in (*branch.edits, branch.blend):
         if part is not None:
@@ -281,8 +316,11 @@ def _calc_cond_batch(executor, model, conds: list, x_in: Tensor, timestep: Tenso
             # One row serves a batch of targets. Or the host would run another prompt before the source, or compute the
             # source's ControlNet from the target's latent.
             alone = [None] * len(conds) + [[source]]
-            executor(model, alone, call.state, timestep[: len(call.state)], model_options)
-    results = executor(model, joined, x_in, timestep, model_options)[: len(conds)]
+            answers = executor(model, alone, call.state, timestep[: len(call.state)], model_options)
+    results = executor(model, joined, x_in, timestep, model_options)
+    if run.predicts(call.target):
+        run.predicted = (answers if joined is conds else results)[call.source]
+    results = results[: len(conds)]
     if call.word_maps is not None and call.target in call.ran:
         run.maps[call.index] = call.word_maps.means()
     return results

@@ -11,6 +11,7 @@ import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from comfy.sample import prepare_noise
 from comfy.samplers import CFGGuider, Sampler, sampler_object
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from ..host.model import add_outermost, identity, noise_latent, prediction_type
 from ..host.refusals import (
     check_deterministic,
     check_every_call,
+    check_inverted,
     check_latent,
     check_same_answer,
     check_same_model,
@@ -27,8 +29,9 @@ from ..host.refusals import (
     check_unmixed,
 )
 from ..host.sampler import OwnSampler, Run
-from ..host.source import KEY, STATE
+from ..host.source import KEY, STATE, check_same_states
 from ..host.trajectory import Trajectory, sigma_index
+from ..host.virtual import virtual_of
 from .ddim import leading_sigmas
 from .fixed_point import fixed_point_step
 from .regularise import regularised
@@ -148,8 +151,8 @@ def record(
     def keep(executor, x: Tensor, timestep: Tensor, model_options: dict, *args):
         if STATE in model_options["transformer_options"]:
             raise ValueError(
-                "Record Trajectory keeps one state a step, but the sampler of EDICT Inversion has two: choose euler, "
-                "ddim or dpmpp_2m."
+                "Record Trajectory keeps one state a step, but the sampler of EDICT Inversion and the MODEL of Virtual "
+                "Inversion have two: choose euler, ddim or dpmpp_2m, and another MODEL."
             )
         index = sigma_index(schedule, float(timestep[0]))
         if index is not None:
@@ -183,25 +186,42 @@ def resample(model: ModelPatcher, trajectory: Trajectory, guidance: Guidance, sa
 
     sampler: euler where none is given. Several targets of one image start from its noise each. Raises ValueError for
     models and samplers that cannot follow the trajectory.
+
+    The MODEL of Virtual Inversion starts from the image, with the same noise on it.
     """
     sampler = sampler or sampler_object("euler")
     check_same_model(model, trajectory)
-    check_deterministic(sampler, trajectory.sigmas)
-    noise = noise_latent(model, trajectory)
-    if len(noise) == 1:
+    virtual, mask, seed = virtual_of(model), None, 0
+    if virtual is None:
+        check_inverted(trajectory)
+        check_deterministic(sampler, trajectory.sigmas)
+        samples = noise_latent(model, trajectory)
+        noise = torch.zeros_like(samples)
+    else:
+        check_same_states(model, trajectory)
+        samples, mask, seed = virtual.samples, virtual.mask, trajectory.conditioning[0][1][SEED]
+        noise = prepare_noise(samples, seed)
+    if len(samples) == 1:
         targets = max(len(embedding) for embedding, _ in guidance.positive)
-        noise = noise.repeat(targets, 1, 1, 1)
-    return host_sample(model, guidance, sampler, trajectory.sigmas, torch.zeros_like(noise), noise, seed=0)
+        samples, noise = (t.repeat(targets, 1, 1, 1) for t in (samples, noise))
+    return host_sample(model, guidance, sampler, trajectory.sigmas, noise, samples, seed, mask)
 
 
 def host_sample(
-    model: ModelPatcher, guidance: Guidance, sampler: Sampler, sigmas: Tensor, noise: Tensor, samples: Tensor, seed: int
+    model: ModelPatcher,
+    guidance: Guidance,
+    sampler: Sampler,
+    sigmas: Tensor,
+    noise: Tensor,
+    samples: Tensor,
+    seed: int,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The host's sampling with progress and preview. Raises ValueError where it ends in NaN or infinite values."""
     callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
     guider = guidance.guider(model)
     quiet = not comfy.utils.PROGRESS_BAR_ENABLED
-    result = guider.sample(noise, samples, sampler, sigmas.clone(), None, callback, quiet, seed)  # some write to them
+    result = guider.sample(noise, samples, sampler, sigmas.clone(), mask, callback, quiet, seed)  # some write to them
     if not torch.isfinite(result).all():
         raise ValueError(
             "Sampling ended in NaN or infinite values: load the MODEL in fp32 or bf16 (weight_dtype)"

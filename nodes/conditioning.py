@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..host import conditioning as conditionings
 from . import files
+from .telling import tell
 from .widgets import saved_file, saved_name
 
 
@@ -35,7 +36,7 @@ class SaveConditioning(io.ComfyNode):
     def execute(cls, conditioning, filename_prefix) -> io.NodeOutput:
         path, shown = files.fresh(filename_prefix, "Save Conditioning")
         conditionings.save(conditioning, path)
-        return io.NodeOutput(conditioning, ui={"text": [shown]})
+        return tell(cls, conditioning, ui={"text": [shown]})
 
 
 class LoadConditioning(io.ComfyNode):

@@ -10,6 +10,7 @@ from ..demo.captions import demo_captions
 from ..guidance.direction import EditDirection, Embedded, apply, combine, direction_between
 from ..guidance.sentences import as_written, templated
 from . import files, sockets
+from .telling import tell
 from .widgets import saved_file, saved_name
 
 NONE = "none"
@@ -156,7 +157,7 @@ class SaveEditDirection(io.ComfyNode):
     def execute(cls, edit_direction, filename_prefix) -> io.NodeOutput:
         path, shown = files.fresh(filename_prefix, "Save Edit Direction")
         edit_direction.save(path)
-        return io.NodeOutput(edit_direction, ui={"text": [shown]})
+        return tell(cls, edit_direction, ui={"text": [shown]})
 
 
 class LoadEditDirection(io.ComfyNode):

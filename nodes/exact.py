@@ -12,6 +12,7 @@ from ..host.trajectory import Trajectory
 from ..inversion.replay import invert_edict, invert_edit_friendly
 from ..inversion.run import Guidance, ddim_sigmas
 from . import sockets
+from .telling import HIDDEN, tell
 from .widgets import (
     encoder,
     fraction,
@@ -57,9 +58,11 @@ def schedule(model: ModelPatcher, steps: int, skipped: int) -> Tensor:
     return ddim_sigmas(model, steps)[skipped:]
 
 
-def answer(model: ModelPatcher, cost: Cost, trajectory: Trajectory, sampler: comfy.samplers.Sampler) -> io.NodeOutput:
+def answer(
+    node: type[io.ComfyNode], model: ModelPatcher, cost: Cost, trajectory: Trajectory, sampler: comfy.samplers.Sampler
+) -> io.NodeOutput:
     outputs = trajectory, *noise_and_sigmas_of(model, trajectory), sampler
-    return io.NodeOutput(*outputs, ui=spent(cost, trajectory))
+    return tell(node, *outputs, ui=spent(cost, trajectory))
 
 
 class EditFriendlyInversion(io.ComfyNode):
@@ -99,6 +102,7 @@ class EditFriendlyInversion(io.ComfyNode):
                 ),
                 encoder(),
             ],
+            hidden=HIDDEN,
             outputs=outputs("Replays the noise maps from noise along sigmas, with any prompt and cfg."),
         )
 
@@ -111,7 +115,7 @@ class EditFriendlyInversion(io.ComfyNode):
         sigmas = schedule(model, steps, skipped)
         guidance = Guidance(source, negative, cfg)
         model, cost = metered(model)
-        return answer(model, cost, *invert_edit_friendly(model, guidance, samples, sigmas, eta, seed))
+        return answer(cls, model, cost, *invert_edit_friendly(model, guidance, samples, sigmas, eta, seed))
 
 
 class EDICTInversion(io.ComfyNode):
@@ -144,6 +148,7 @@ class EDICTInversion(io.ComfyNode):
                 ),
                 encoder(),
             ],
+            hidden=HIDDEN,
             outputs=outputs("Moves both copies from noise along sigmas, with any prompt and cfg."),
         )
 
@@ -156,4 +161,4 @@ class EDICTInversion(io.ComfyNode):
         guidance = Guidance(source, negative, cfg)
         sigmas = schedule(model, steps, skipped)
         model, cost = metered(model)
-        return answer(model, cost, *invert_edict(model, guidance, samples, sigmas, mixing))
+        return answer(cls, model, cost, *invert_edict(model, guidance, samples, sigmas, mixing))

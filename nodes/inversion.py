@@ -12,6 +12,7 @@ from ..host.model import noise_latent
 from ..host.refusals import check_no_mask
 from ..inversion.run import Guidance, Refinement, ddim_sigmas, invert, record
 from . import sockets
+from .telling import HIDDEN, tell
 from .widgets import (
     encoder,
     image_to_invert,
@@ -109,6 +110,7 @@ class DDIMInversion(io.ComfyNode):
                 weight("kl", "How strongly the noise is kept at mean 0 and variance 1. Paper: 20; 0 is off."),
                 encoder(),
             ],
+            hidden=HIDDEN,
             outputs=[
                 sockets.Trajectory.Output("trajectory", tooltip="The image at every noise level, for the edit nodes."),
                 *noise_and_sigmas(),
@@ -140,7 +142,7 @@ class DDIMInversion(io.ComfyNode):
         refinement = Refinement(iterations, average, autocorrelation, kl)
         model, cost = metered(model)
         trajectory = invert(model, Guidance(source, negative, cfg), samples, sigmas, refinement)
-        return io.NodeOutput(trajectory, *noise_and_sigmas_of(model, trajectory), ui=spent(cost, trajectory))
+        return tell(cls, trajectory, *noise_and_sigmas_of(model, trajectory), ui=spent(cost, trajectory))
 
 
 class RecordTrajectory(io.ComfyNode):
@@ -182,6 +184,7 @@ class RecordTrajectory(io.ComfyNode):
                 io.Sigmas.Input("sigmas", tooltip="The schedule; the edit must run the same one."),
                 io.Latent.Input("latent_image", tooltip="An empty latent to fill, or noise from DDIM Inversion."),
             ],
+            hidden=HIDDEN,
             outputs=[
                 sockets.Trajectory.Output("trajectory", tooltip="The image at every noise level, for the edit nodes."),
                 io.Latent.Output("image", tooltip="The sampled image."),
@@ -207,4 +210,4 @@ class RecordTrajectory(io.ComfyNode):
         model, cost = metered(model)
         trajectory, image = record(model, guidance, sampler, sigmas, noise, samples, noise_seed)
         noise = noise_latent(model, trajectory)
-        return io.NodeOutput(trajectory, {"samples": image}, {"samples": noise}, ui=spent(cost, trajectory))
+        return tell(cls, trajectory, {"samples": image}, {"samples": noise}, ui=spent(cost, trajectory))

@@ -12,6 +12,7 @@ from ..inversion.error_plot import error_plot
 from ..inversion.null_text import Settings, check, check_pivot, distances, null_text
 from ..inversion.run import Guidance, record
 from . import sockets
+from .telling import HIDDEN, tell
 from .widgets import spent
 
 PAPER = Settings()
@@ -87,6 +88,7 @@ class NullTextInversion(io.ComfyNode):
                     tooltip="Runs every block twice to save memory. Off is faster, where memory is plenty.",
                 ),
             ],
+            hidden=HIDDEN,
             outputs=[
                 io.Conditioning.Output(
                     "negative", tooltip="The negatives, one for each step: negative of the edit's sampler."
@@ -115,4 +117,4 @@ class NullTextInversion(io.ComfyNode):
         negative, found = null_text(model, trajectory, start, settings, checkpointing)
         curves = {f"empty negative at cfg {cfg:g}": plain, "optimised": found}
         plot = error_plot({name: distances(path, trajectory) for name, path in curves.items()})
-        return io.NodeOutput(negative, found, plot, ui=spent(cost, found))
+        return tell(cls, negative, found, plot, ui=spent(cost, found))

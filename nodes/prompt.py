@@ -11,6 +11,7 @@ from ..host.conditioning import copied
 from ..host.quote import shortened
 from ..host.tokens import unknown_words
 from . import alignment_view, sockets
+from .telling import HIDDEN, tell
 
 
 class PromptEdit(io.ComfyNode):
@@ -61,6 +62,7 @@ class PromptEdit(io.ComfyNode):
                     ),
                 ),
             ],
+            hidden=HIDDEN,
             outputs=[
                 io.Conditioning.Output("source", tooltip="The source prompt, for DDIM Inversion or Record Trajectory."),
                 io.Conditioning.Output("target", tooltip="The target prompt: positive of the sampler that edits."),
@@ -80,7 +82,7 @@ class PromptEdit(io.ComfyNode):
         (words,), (alignment,) = edit.targets, edit.alignments
         picture = alignment_picture.draw(edit.source, words, carry_over(edit.source, words, alignment))
         shown = alignment_view.outputs(edit.source, words, alignment, unknown_words(clip, edit.source, words))
-        return io.NodeOutput(source, target, edit, picture, ui=shown)
+        return tell(cls, source, target, edit, picture, ui=shown)
 
 
 class BatchPromptEdits(io.ComfyNode):

@@ -13,6 +13,7 @@ from ..host.refusals import check_same_model, check_unet
 from ..host.store import AttentionStore
 from ..host.unet import decoder_from_second
 from . import files, sockets
+from .telling import HIDDEN, tell
 from .widgets import fraction, noise_and_sigmas, noise_and_sigmas_of, saved_file, saved_name
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -74,6 +75,7 @@ class RecordAttention(io.ComfyNode):
                     tooltip="Where it is kept. On the gpu edits need not copy it, but it takes its memory.",
                 ),
             ],
+            hidden=HIDDEN,
             outputs=[
                 sockets.AttentionStore.Output(
                     "attention_store", tooltip="For P2P Attention Controller and Attention Maps."
@@ -107,7 +109,7 @@ class RecordAttention(io.ComfyNode):
         )
         model, cost = metered(model)
         store = record_attention(model, trajectory, recording)
-        return io.NodeOutput(store, ui=ui.PreviewText(f"{_summary(store, recording)} {cost.told}."))
+        return tell(cls, store, ui=ui.PreviewText(f"{_summary(store, recording)} {cost.told}."))
 
 
 class SaveAttentionStore(io.ComfyNode):
@@ -131,7 +133,7 @@ class SaveAttentionStore(io.ComfyNode):
     def execute(cls, attention_store, filename_prefix) -> io.NodeOutput:
         path, shown = files.fresh(filename_prefix, "Save Attention Store")
         attention_store.save(path)
-        return io.NodeOutput(attention_store, ui={"text": [shown]})
+        return tell(cls, attention_store, ui={"text": [shown]})
 
 
 class LoadAttentionStore(io.ComfyNode):

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..host.refusals import check_same_model
 from ..host.trajectory import Trajectory
 from . import files, sockets
+from .telling import tell
 from .widgets import noise_and_sigmas, noise_and_sigmas_of, saved_file, saved_name
 
 
@@ -33,7 +34,7 @@ class SaveTrajectory(io.ComfyNode):
     def execute(cls, trajectory, filename_prefix) -> io.NodeOutput:
         path, shown = files.fresh(filename_prefix, "Save Trajectory")
         trajectory.save(path)
-        return io.NodeOutput(trajectory, ui={"text": [shown]})
+        return tell(cls, trajectory, ui={"text": [shown]})
 
 
 class LoadTrajectory(io.ComfyNode):

@@ -45,12 +45,18 @@ def latent_of(image: dict | Tensor, vae: VAE | None, node: str) -> Tensor:
 
     Raises ValueError for an image without a VAE, and for a latent with a noise mask.
     """
+    latent = encoded(image, vae, node)
+    check_no_mask(latent, node)
+    return latent["samples"]
+
+
+def encoded(image: dict | Tensor, vae: VAE | None, node: str) -> dict:
+    """A LATENT as it is, or what VAE Encode makes of an IMAGE. Raises ValueError for an image without a VAE."""
     if isinstance(image, dict):
-        check_no_mask(image, node)
-        return image["samples"]
+        return image
     if vae is None:
         raise ValueError(f"{node} was given an image but no vae: connect vae, or VAE Encode in between.")
-    return vae.encode(image)
+    return {"samples": vae.encode(image)}
 
 
 def inverting_negative() -> io.Input:

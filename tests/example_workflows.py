@@ -11,17 +11,20 @@ from host_server import PACK, Prompt
 FOLDER = PACK / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 EDITS = (  # save the source and its edits, side by side or as a batch
+    "diffedit",
     "edict",
     "edit-friendly",
     "edit-generated-image",
     "edit-real-image",
     "local-blend",
     "masactrl-edit",
+    "measure-edit",
     "negative-prompt-inversion",
     "null-text",
     "pix2pix-zero",
     "pnp-translate",
     "several-targets",
+    "virtual-inversion",
 )
 # Each of these reads what the one before it has written.
 KEEPING = ("keep-inversion", "use-kept-inversion", "keep-direction", "use-kept-direction")

@@ -114,10 +114,14 @@ class HostServer:
     def object_info(self) -> dict[str, dict[str, Any]]:
         return self.get_json("/object_info")
 
-    def run(self, prompt: Prompt, seconds: float = 600) -> Run:
-        """Queues a prompt and waits for its end. A prompt that fails, or is refused, is a Run with errors."""
+    def run(self, prompt: Prompt, seconds: float = 600, workflow: dict[str, Any] | None = None) -> Run:
+        """Queues a prompt and waits for its end. A prompt that fails, or is refused, is a Run with errors.
+
+        The frontend sends its workflow as well.
+        """
         try:
-            answer = json.loads(self.post("/prompt", {"prompt": prompt}))
+            extra = {"extra_pnginfo": {"workflow": workflow}} if workflow else {}
+            answer = json.loads(self.post("/prompt", {"prompt": prompt, "extra_data": extra}))
         except urllib.error.HTTPError as error:
             answer = json.loads(error.read())
             return Run(errors=refusals(answer) or [answer["error"]["message"]])

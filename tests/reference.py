@@ -69,10 +69,12 @@ def classic_run(
     feature: Callable[[int, str, tuple, Tensor], Tensor] = lambda step, role, block, h: h,
     after: Callable[[int, Tensor], Tensor] = lambda step, x: x,
     share: float = 0.0,
+    virtual: bool = False,
 ) -> Tensor:
     """The target's final x of DDIM in float64 (Euler in sigma); the source is its stored inversion at every step.
 
-    share: how much of the prompt parts.empty there is in the negative.
+    share: how much of the prompt parts.empty there is in the negative. virtual: whether the noise that the source
+    really has, less what is predicted for it, is added to the target's: an edit without inversion.
 
     Every row runs alone, source first, so that no context is tiled and nothing is shared but what `attend` and
     `feature` (step, role, block, residual features) keep.
@@ -103,13 +105,22 @@ def classic_run(
         for role, row in rows.items():
             eps[role] = predict(row, sigma, getattr(parts, role), {"patches_replace": replace})
         negative = eps["negative"] if not share else (1 - share) * eps["negative"] + share * eps["empty"]
-        x = x + (sigmas[step + 1] - sigma) * (negative + cfg * (eps["target"] - negative))
+        guided = negative + cfg * (eps["target"] - negative)
+        if virtual:
+            guided = guided + (rows["source"] - parts.trajectory.states[-1].double()) / sigma - eps["source"]
+        x = x + (sigmas[step + 1] - sigma) * guided
         x = after(step, x)
     return x
 
 
 def classic_p2p(
-    parts: Parts, edited: MapEdit, self_: int, cfg: float, after: After | None = None, share: float = 0.0
+    parts: Parts,
+    edited: MapEdit,
+    self_: int,
+    cfg: float,
+    after: After | None = None,
+    share: float = 0.0,
+    virtual: bool = False,
 ) -> Tensor:
     """The target's final x: its cross-attention maps are edited(step, A_source, A_target), [b, heads, positions,
     tokens], its self-attention maps A_source for `self_` steps.
@@ -135,4 +146,4 @@ def classic_p2p(
             layers.clear()
         return x
 
-    return classic_run(parts, cfg, attend, after=stepped, share=share)
+    return classic_run(parts, cfg, attend, after=stepped, share=share, virtual=virtual)

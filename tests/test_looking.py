@@ -100,7 +100,7 @@ def test_typed_words_are_those_of_the_node(server: HostServer, source: str, targ
         "2": {"class_type": "PalimpsestPromptEdit", "inputs": edit},
         "3": {"class_type": "PreviewImage", "inputs": {"images": ["2", 3]}},
     }
-    run = server.run(prompt)
+    run = server.run(prompt, workflow={"nodes": []})
     assert not run.errors
     answer = asked(server, source=source, target=target, alignment=alignment, demo=True)
     assert run.outputs["2"]["palimpsest_words"] == [answer]

@@ -16,6 +16,7 @@ from palimpsest.host.source import KEY
 from palimpsest.nodes.blend import LocalBlendNode
 from palimpsest.nodes.extension import NODES
 from palimpsest.nodes.inject import MasaCtrlNode
+from palimpsest.nodes.metrics import INSIDE, EditMetrics
 from palimpsest.nodes.widgets import drawn
 from tiny import Tiny, execute
 
@@ -91,5 +92,10 @@ def test_every_node_that_takes_masks_takes_them_as_they_are_meant(tiny: Tiny, tm
     (edit,) = injected.model_options["transformer_options"][KEY].edits
     for kept in (blended.model_options["transformer_options"][KEY].blend.user, *edit.masks):
         assert kept.unique().tolist() == [0, 1]
+    pictures = torch.rand(2, 64, 64, 3)
+    _, psnr, *_ = execute(EditMetrics, source=pictures[:1], edited=pictures[1:], mask=mask, region=INSIDE)
+    error = (pictures[0] - pictures[1])[:, :32].double().square().mean()
+    assert psnr == pytest.approx(float(-10 * error.log10()), rel=1e-6)
+
     takers = {node for node in NODES if any(slot.get_io_type() == "MASK" for slot in node.GET_SCHEMA().inputs)}
-    assert takers == {LocalBlendNode, MasaCtrlNode}
+    assert takers == {LocalBlendNode, MasaCtrlNode, EditMetrics}

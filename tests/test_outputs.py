@@ -118,6 +118,7 @@ def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, folders: None) ->
     run("MasaCtrl", **edited, source_mask=mask, target_mask=mask)
     run("LocalBlend", **edited, prompt_edit=edit, mask=mask)
     run("LocalBlendMask", **edited, edited=noise)
+    run("DifferenceMask", model=model, source=source, image=image, target=tiny.target, noises=2)
     run("CrossAttentionGuidance", **edited)
     run("NegativePromptGuidance", **edited, empty=source)
     run("ProximalGuidance", **edited)
@@ -127,6 +128,7 @@ def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, folders: None) ->
     source, target, *_ = run("PromptEdit", clip=clip)
     found, *_ = run("DDIMInversion", model=unet, source=source, image=scene, vae=vae, steps=1)
     run("EditSampler", model=unet, trajectory=found, positive=target, vae=vae)
+    run("EditMetrics", source=scene, edited=scene)
     assert run.executed == {node.GET_SCHEMA().node_id for node in NODES}
     assert len(run.kept) > 20
     assert [(run.plain[at], run.kept[at]) for at in run.plain.keys() & run.kept.keys()] == []
