@@ -37,7 +37,7 @@ PRESETS = {
     "FlowEdit": Method("euler", fresh=True),
     "FlowEdit, one noise (DDIM)": Method("euler"),
     "InfEdit": Method("lcm"),
-    "edit-friendly (TurboEdit)": Method("euler_ancestral"),
+    "edit-friendly": Method("euler_ancestral"),
 }
 
 
