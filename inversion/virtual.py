@@ -37,7 +37,7 @@ PRESETS = {
     "FlowEdit": Method("euler", fresh=True),
     "FlowEdit, one noise (DDIM)": Method("euler"),
     "InfEdit": Method("lcm"),
-    "edit-friendly (TurboEdit)": Method("euler_ancestral"),
+    "edit-friendly": Method("euler_ancestral"),
 }
 
 
@@ -71,4 +71,4 @@ def invert_virtually(
     noise = comfy.sample.prepare_noise(samples, seed)
     states = [image + sigma * noise for sigma in sigmas.tolist()]
     trajectory = as_trajectory(model, Guidance(source), states, sigmas, seed)
-    return attach_virtual(model, trajectory, Virtual(samples, mask, fresh)), trajectory
+    return attach_virtual(model, trajectory, Virtual(samples.clone(), mask, fresh)), trajectory

@@ -21,6 +21,7 @@ from ..metrics.lpips import SMALLEST
 from ..metrics.pixels import mse, psnr, ssim
 from ..metrics.structure import structure_distance
 from .networks import Missing, load_dino, load_lpips, text_embedding
+from .telling import HIDDEN, tell
 from .widgets import drawn
 
 WHOLE, INSIDE, OUTSIDE = "whole picture", "inside the mask", "outside the mask"
@@ -96,6 +97,7 @@ class EditMetrics(io.ComfyNode):
                 io.String.Output("report", tooltip="All of this as text."),
             ],
             is_output_node=True,
+            hidden=HIDDEN,
         )
 
     @classmethod
@@ -132,7 +134,7 @@ class EditMetrics(io.ComfyNode):
         regional = [means.get((name, region), math.nan) for name in (PSNR, SSIM, MSE, LPIPS)]
         others = [means.get((name, WHOLE), math.nan) for name in (STRUCTURE, SIMILARITY, DIRECTION)]
         seen = ui.PreviewImage(shown, cls=cls).as_dict() | ui.PreviewText(report).as_dict()
-        return io.NodeOutput(shown, *regional, *others, report, ui=seen)
+        return tell(cls, shown, *regional, *others, report, ui=seen)
 
 
 def _beside(picture: Tensor, edited: Tensor, name: str) -> Tensor:

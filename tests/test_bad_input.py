@@ -12,7 +12,7 @@ from example_workflows import api_form
 from host_server import HostServer, Prompt
 
 STEPS = 4
-SCENE, PROMPTS, INVERSION, CONTROLLER, SAMPLER, SAVE = "2", "4", "5", "6", "8", "13"
+SCENE, PROMPTS, INVERSION, CONTROLLER, SAMPLER, DECODER = "2", "4", "5", "6", "8", "9"
 
 
 def changed(node: str, **inputs: object) -> Callable[[Prompt], None]:
@@ -26,8 +26,7 @@ def without(node: str, name: str) -> Callable[[Prompt], None]:
 def other_noise(prompt: Prompt) -> None:
     """The sampler starts from the noise of another image than the trajectory's."""
     prompt["30"] = {**prompt[SCENE], "inputs": {**prompt[SCENE]["inputs"], "seed": 99}}
-    prompt["31"] = {**prompt["3"], "inputs": {**prompt["3"]["inputs"], "pixels": ["30", 0]}}
-    prompt["32"] = {**prompt[INVERSION], "inputs": {**prompt[INVERSION]["inputs"], "image": ["31", 0]}}
+    prompt["32"] = {**prompt[INVERSION], "inputs": {**prompt[INVERSION]["inputs"], "image": ["30", 0]}}
     prompt[SAMPLER]["inputs"]["latent_image"] = ["32", 1]
 
 
@@ -38,7 +37,7 @@ def foreign_latent(prompt: Prompt) -> None:
         "inputs": {"width": 512, "height": 512, "batch_size": 1},
         "_meta": {"title": "Empty Latent Image"},
     }
-    prompt["9"]["inputs"]["samples"] = ["33", 0]
+    prompt[DECODER]["inputs"]["samples"] = ["33", 0]
 
 
 def damaged_file(prompt: Prompt) -> None:
@@ -61,7 +60,7 @@ CASES: dict[str, tuple[Callable[[Prompt], object], str]] = {
     "added noise": (changed(SAMPLER, add_noise="enable"), "does not start from the trajectory's own noise"),
     "other noise": (other_noise, "does not start from the trajectory's own noise"),
     "missing link": (without(CONTROLLER, "trajectory"), "Required input is missing, trajectory"),
-    "wrong link": (changed(CONTROLLER, trajectory=["3", 0]), "Return type mismatch"),
+    "wrong link": (changed(CONTROLLER, trajectory=[SCENE, 0]), "Return type mismatch"),
     "guidance": (changed(INVERSION, cfg=3.0), "DDIM Inversion at cfg 3 needs the negative input"),
     "scene": (
         changed(SCENE, caption="a photo of a red banana in a room"),
@@ -73,9 +72,27 @@ CASES: dict[str, tuple[Callable[[Prompt], object], str]] = {
 
 
 def small_edit() -> Prompt:
-    """edit-real-image without its second, custom sampling branch."""
+    """edit-real-image with KSampler Advanced, which can be wired wrongly, in place of Edit Sampler."""
     prompt = api_form("edit-real-image", STEPS)
-    return {key: node for key, node in prompt.items() if int(key) < 20}
+    edit = prompt[SAMPLER]["inputs"]
+    linked = {name: edit[name] for name in ("model", "positive", "negative", "cfg")}
+    euler = {"sampler_name": "euler", "scheduler": "ddim_uniform"}
+    steps = {"steps": STEPS, "start_at_step": 0, "end_at_step": STEPS}
+    noise = {"add_noise": "disable", "noise_seed": 0, "return_with_leftover_noise": "disable"}
+    for node in prompt.values():
+        decoded = {name: [DECODER, 0] for name, value in node["inputs"].items() if value == [SAMPLER, 1]}
+        node["inputs"].update(decoded)
+    prompt[SAMPLER] = {
+        "class_type": "KSamplerAdvanced",
+        "inputs": {**linked, **euler, **steps, **noise, "latent_image": [INVERSION, 1]},
+        "_meta": {"title": "KSampler (Advanced)"},
+    }
+    prompt[DECODER] = {
+        "class_type": "VAEDecode",
+        "inputs": {"samples": [SAMPLER, 0], "vae": edit["vae"]},
+        "_meta": {"title": "VAE Decode"},
+    }
+    return prompt
 
 
 @pytest.mark.parametrize("case", CASES)

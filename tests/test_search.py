@@ -68,6 +68,6 @@ def test_the_unsampler_is_a_block_of_three_nodes(box: Page, server: HostServer) 
     linked = {name: prompt[value[0]]["class_type"] for name, value in inversion.items() if isinstance(value, list)}
     assert linked == {"source": "CLIPTextEncode", "image": "VAEEncode"}
     schema = server.object_info["PalimpsestDDIMInversion"]["input"]
-    options = {name: spec[1] for part in schema.values() for name, spec in part.items()}
+    options = {name: spec[1] for part in ("required", "optional") for name, spec in schema[part].items()}
     widgets = {name: option["default"] for name, option in options.items() if "default" in option}
     assert {name: value for name, value in inversion.items() if name not in linked} == widgets
