@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     """A Markdown table: means over the scenes, rows of one image's edit with its inversion."""
     model, clip, vae = demo_model.load()
     cases = draw_cases("swap", arguments.scenes, arguments.seed)
-    source, target = ([encode(clip, [case[side].caption for case in cases])] for side in (1, 2))
+    source, target = ([encode(clip, [getattr(case, side).caption for case in cases])] for side in ("source", "target"))
     guided = Guidance(target, [encode(clip, [""])], arguments.cfg)
     samples = vae.encode(torch.from_numpy(np.stack([scenes.render(case.source) for case in cases])))
     p2p = prompt_to_prompt([prompt_edit(clip, case, "swap") for case in cases], 1.0, arguments)
