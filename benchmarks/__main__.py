@@ -6,11 +6,12 @@ import argparse
 
 import torch
 
-from . import edits, p2p, pie, reconstruction, samples, steps
+from . import batch, edits, p2p, pie, reconstruction, samples, steps
 
 MODULES = {
     "edits": edits,
     "pie": pie,
+    "batch": batch,
     "steps": steps,
     "samples": samples,
     "p2p": p2p,

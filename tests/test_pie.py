@@ -18,7 +18,7 @@ from PIL import Image
 
 from example_workflows import EDITS, api_form
 from host_server import HostServer
-from palimpsest.benchmarks import pie
+from palimpsest.benchmarks import jobs, pie
 from palimpsest.benchmarks.farm import spread
 from palimpsest.benchmarks.filled import DECODERS, SAVED, Template
 from palimpsest.benchmarks.servers import Refused, Unusable
@@ -159,7 +159,7 @@ def test_an_interrupted_run_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pie, "spread", interrupted)
+        patch.setattr(jobs, "spread", interrupted)
         with pytest.raises(KeyboardInterrupt):
             bench(*arguments("twice"))
     first = tmp_path / "twice" / "edited" / f"{ran[0]}.png"
