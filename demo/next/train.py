@@ -154,7 +154,7 @@ class Run:
 
     def __init__(self, name: str, module: nn.Module, fresh: bool = False) -> None:
         self.path = CHECKPOINTS / f"{name}.pt"
-        self.name, self.module, self.step, self.losses = name, module, 0, []
+        self.name, self.module, self.step, self.losses, self.memory = name, module, 0, [], 0.0
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         matrices = [p for n, p in module.named_parameters() if is_hidden_matrix(n, p)]
         inner = {id(p) for p in matrices}
@@ -187,6 +187,7 @@ class Run:
     def steps(self, minutes: float, rate: float, decay: bool) -> Iterator[int]:
         """Step numbers until the time is up; the caller fills the gradients and calls `update` once for each."""
         first, start, saved = self.step, time.monotonic(), 0.0
+        self.memory = 0.998 if decay else 0.9995  # weights that settle need less averaging
         while (spent := (time.monotonic() - start) / 60) < minutes:
             share = (1 + math.cos(math.pi * spent / minutes)) / 2 if decay else 1.0
             for optimizer, factor in self.optimizers.items():
@@ -208,9 +209,9 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.losses.append(loss)
-        decay = min(0.9995, (self.step + 1) / (self.step + 20))
+        kept = min(self.memory, (self.step + 1) / (self.step + 20))
         with torch.no_grad():
-            torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+            torch._foreach_lerp_(self.average, self.parameters, 1 - kept)
 
     def use_parameters(self) -> None:
         self.average = [p.detach().clone() for p in self.parameters]
