@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 from pathlib import Path
 
 from PIL import Image
 
-from .filled import Template
+from .filled import Template, read_workflow
 from .jobs import Job, add_workflow_and_servers, claim, edit_all, is_edited
 
 NEEDED = ("image", "source_prompt", "target_prompt")
@@ -31,18 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     try:
-        template = Template(json.loads(arguments.workflow.read_text(encoding="utf-8")), arguments.decoder)
-        jobs, faults = read_table(arguments.table)
+        template = Template(read_workflow(arguments.workflow), arguments.decoder)
+        jobs, unreadable = read_table(arguments.table)
         output = arguments.output or Path(f"batch-{arguments.table.stem}")
         claim(output, template)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    faults += edit_all(jobs, template, arguments.servers, output)
+    faults = unreadable + edit_all(jobs, template, arguments.servers, output)
     for fault in faults:
         print(f"failed: {fault}")
     edited = sum(is_edited(output, job) for job in jobs)
     print(f"{edited} pictures edited, {len(faults)} failures; they are in {output / 'edited'}")
-    if faults:
+    if unreadable or edited < len(jobs):  # a server that was lost has cost time alone
         sys.exit(1)
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ..metrics.clip import clip_score
 from ..metrics.pie import corrected, decoded_mask, published, with_edge
 from ..nodes.networks import Missing, load_dino, load_lpips, text_embedding
-from .filled import Template
+from .filled import Template, read_workflow
 from .jobs import Job, add_workflow_and_servers, claim, edit_all, edited_path, is_edited
 
 TYPES = ("random", "change object", "add object", "delete object", "content", "pose", "colour", "material")
@@ -63,12 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     try:
-        workflow = json.loads(arguments.workflow.read_text(encoding="utf-8"))
-        template = Template(workflow, arguments.decoder)
+        template = Template(read_workflow(arguments.workflow), arguments.decoder)
         entries, faults = read_entries(arguments.data)
         output = arguments.output or Path(f"pie-{arguments.workflow.stem}")
         claim(output, template)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     faults += edit_all(entries, template, arguments.servers, output)
     judges, notes = load_judges(arguments.clip, arguments.clip_vision)
@@ -85,6 +84,8 @@ def run(arguments: argparse.Namespace) -> None:
 def read_entries(data: Path) -> tuple[list[Entry], list[str]]:
     """What can be edited, and a sentence for each entry that cannot."""
     mapping = json.loads((data / "mapping_file.json").read_text(encoding="utf-8"))
+    if not isinstance(mapping, dict) or not all(isinstance(item, dict) for item in mapping.values()):
+        raise ValueError(f"{data / 'mapping_file.json'} is no mapping of names to entries")
     entries, faults = [], []
     for key, item in mapping.items():
         try:

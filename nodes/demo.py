@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..demo import model, scenes
+from .widgets import seed_of
 
 
 class LoadDemoModel(io.ComfyNode):
@@ -59,14 +60,7 @@ class DemoScene(io.ComfyNode):
                     default="a red star on a blue background",
                     tooltip="The caption with some words swapped. The layout stays that of the first.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Where the things stand, and their exact size.",
-                ),
+                seed_of("Where the things stand, and their exact size."),
             ],
             outputs=[
                 io.Image.Output("image", tooltip="The scene of the caption, 64 x 64 pixels."),

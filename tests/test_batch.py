@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from example_workflows import api_form
+from example_workflows import api_form, ui_form
 from host_server import HostServer
 from palimpsest.benchmarks import batch
 from palimpsest.benchmarks.jobs import as_png
@@ -79,6 +79,15 @@ def test_a_table_without_a_column_is_refused(table: Path, tmp_path: Path) -> Non
     workflow.write_text(json.dumps(api_form("edit-real-image")))
     table.write_text("image,target_prompt\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="has no column source_prompt: its first line has to name image, source_pr"):
+        run("--table", table, "--workflow", workflow, "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", [json.dumps(ui_form("edit-real-image")), "{}", "[1]", "no json"])
+def test_another_workflow_file_is_refused(table: Path, tmp_path: Path, text: str) -> None:
+    workflow = tmp_path / "edit.json"
+    workflow.write_text(text, encoding="utf-8")
+    sentence = "is no JSON file" if text == "no json" else r"is no workflow in the API format: save it by File, Export"
+    with pytest.raises(SystemExit, match=sentence):
         run("--table", table, "--workflow", workflow, "--output", tmp_path / "out")
 
 
