@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Set up and run the pack for development: `python dev.py demo | test | serve | bench | train`.
+"""Set up and run the pack for development: `python dev.py demo | test | serve | bench | batch | train`.
 
 Needs Python's standard library and nothing else. Every command first makes what is missing: a virtual environment in
 `.venv`, a ComfyUI to be the host (COMFYUI_PATH, else the one that the pack lies in, else a pinned one in `.dev`), and a
@@ -544,6 +544,10 @@ def bench(arguments: list[str]) -> int:
     return run_in_host("palimpsest.benchmarks", arguments)
 
 
+def batch(arguments: list[str]) -> int:
+    return run_in_host("palimpsest.benchmarks", ["batch", *arguments])
+
+
 def train(arguments: list[str]) -> int:
     return run_in_host("palimpsest.demo.train", arguments)
 
@@ -563,7 +567,7 @@ def hand_over(command: list[str], setup: Setup, cwd: Path | None = None) -> int:
 
 # --- command line ----------------------------------------------------------------------------------------------------
 
-PASSING_ON = {"test": test, "bench": bench, "train": train}
+PASSING_ON = {"test": test, "bench": bench, "batch": batch, "train": train}
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -574,6 +578,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     serving.add_argument("--port", type=int, default=8188, metavar="N")
     commands.add_parser("test", help="run ruff and pytest; further arguments are pytest's", add_help=False)
     commands.add_parser("bench", help="run the benchmarks; further arguments are theirs", add_help=False)
+    commands.add_parser("batch", help="edit many pictures by a table of prompts", add_help=False)
     commands.add_parser("train", help="train the demo model; further arguments are the trainer's", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command not in PASSING_ON:

@@ -6,12 +6,13 @@ import argparse
 
 import torch
 
-from . import edits, p2p, pie, reconstruction, samples, steps, truth
+from . import batch, edits, p2p, pie, reconstruction, samples, steps, truth
 
 MODULES = {
     "truth": truth,
     "edits": edits,
     "pie": pie,
+    "batch": batch,
     "steps": steps,
     "samples": samples,
     "p2p": p2p,

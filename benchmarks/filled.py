@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from .servers import Prompt
@@ -11,6 +13,18 @@ from .servers import Prompt
 DECODERS = ("VAEDecode", "VAEDecodeTiled", "PalimpsestEditSampler")
 SAVED = "edited"  # id of the node that saves the edited picture; the host's own ids are numbers
 SCENE, LOADER, PROMPTS, BLEND = "PalimpsestDemoScene", "LoadImage", "PalimpsestPromptEdit", "PalimpsestLocalBlend"
+
+
+def read_workflow(path: Path) -> Prompt:
+    """Raises ValueError, naming the file, for what is no workflow in the API format, and OSError."""
+    try:
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+    nodes = list(workflow.values()) if isinstance(workflow, dict) else []
+    if not nodes or not all(isinstance(node, dict) and {"class_type", "inputs"} <= node.keys() for node in nodes):
+        raise ValueError(f"{path} is no workflow in the API format: save it by File, Export (API)")
+    return workflow
 
 
 class Template:

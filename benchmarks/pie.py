@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
-import io
 import json
 import math
 import os
@@ -31,9 +29,8 @@ from tqdm import tqdm
 from ..metrics.clip import clip_score
 from ..metrics.pie import corrected, decoded_mask, published, with_edge
 from ..nodes.networks import Missing, load_dino, load_lpips, text_embedding
-from .farm import spread, usable
-from .filled import SAVED, Template
-from .servers import Server
+from .filled import Template, read_workflow
+from .jobs import Job, add_workflow_and_servers, claim, edit_all, edited_path, is_edited
 
 TYPES = ("random", "change object", "add object", "delete object", "content", "pose", "colour", "material")
 TYPES += ("background", "style")
@@ -51,23 +48,14 @@ Clip = tuple[comfy.sd.CLIP, comfy.clip_vision.ClipVisionModel]
 
 
 @dataclass(frozen=True)
-class Entry:
-    key: str
-    image: Path
-    source_prompt: str
-    target_prompt: str
-    words: str
+class Entry(Job):
     kind: int
     runs: Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="with mapping_file.json")
-    parser.add_argument("--workflow", type=Path, required=True, metavar="FILE", help="in the API format")
-    parser.add_argument(
-        "--decoder", metavar="ID", help="the node that decodes the edited picture, if there are several"
-    )
-    parser.add_argument("--servers", nargs="+", default=["http://127.0.0.1:8188"], metavar="URL")
+    add_workflow_and_servers(parser)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="pictures and table; default: pie-WORKFLOW")
     parser.add_argument("--clip", default="clip_l.safetensors", metavar="NAME", help="a whole CLIP in text_encoders")
     parser.add_argument("--clip-vision", default="clip_vision_l.safetensors", metavar="NAME", help="in clip_vision")
@@ -75,19 +63,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     try:
-        workflow = json.loads(arguments.workflow.read_text(encoding="utf-8"))
-        template = Template(workflow, arguments.decoder)
+        template = Template(read_workflow(arguments.workflow), arguments.decoder)
         entries, faults = read_entries(arguments.data)
         output = arguments.output or Path(f"pie-{arguments.workflow.stem}")
         claim(output, template)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    waiting = [entry for entry in entries if not edited_path(output, entry).is_file()]
-    faults += edit_all(waiting, template, arguments.servers, output)
+    faults += edit_all(entries, template, arguments.servers, output)
     judges, notes = load_judges(arguments.clip, arguments.clip_vision)
     rows = []
     for entry in tqdm(entries, "measuring", disable=None):
-        if edited_path(output, entry).is_file():
+        if is_edited(output, entry):
             try:
                 rows.append(measured(entry, output, judges))
             except ValueError as fault:
@@ -98,6 +84,8 @@ def run(arguments: argparse.Namespace) -> None:
 def read_entries(data: Path) -> tuple[list[Entry], list[str]]:
     """What can be edited, and a sentence for each entry that cannot."""
     mapping = json.loads((data / "mapping_file.json").read_text(encoding="utf-8"))
+    if not isinstance(mapping, dict) or not all(isinstance(item, dict) for item in mapping.values()):
+        raise ValueError(f"{data / 'mapping_file.json'} is no mapping of names to entries")
     entries, faults = [], []
     for key, item in mapping.items():
         try:
@@ -124,53 +112,6 @@ def read_entry(key: str, item: dict[str, Any], images: Path) -> Entry:
     if not 0 <= kind < len(TYPES):
         raise ValueError(f"its editing_type_id is {kind}, not 0 to {len(TYPES) - 1}")
     return Entry(key, images / item["image_path"], source, target, words, kind, item["mask"])
-
-
-def claim(output: Path, template: Template) -> None:
-    """Makes the output folder of this workflow, or goes on in it. Raises ValueError where it is another one's."""
-    fingerprint = hashlib.sha256(json.dumps(template.nodes, sort_keys=True).encode()).hexdigest()
-    (output / "edited").mkdir(parents=True, exist_ok=True)
-    stamp = output / "workflow.sha256"
-    if not stamp.exists():
-        stamp.write_text(fingerprint, encoding="utf-8")
-    if stamp.read_text(encoding="utf-8") != fingerprint:
-        raise ValueError(f"{output} holds the edits of another workflow: choose another --output, or delete it")
-
-
-def edited_path(output: Path, entry: Entry) -> Path:
-    return output / "edited" / f"{entry.key}.png"
-
-
-def edit_all(entries: list[Entry], template: Template, urls: list[str], output: Path) -> list[str]:
-    """Edits what is left; a sentence for each entry and server that failed."""
-    if not entries:
-        return []
-    servers, faults = usable(urls, template.nodes)
-
-    def edit(server: Server, entry: Entry) -> None:
-        name = f"palimpsest-pie-{entry.key}.png"
-        server.upload(name, as_png(Image.open(entry.image)))
-        prompt = template.filled(name, entry.source_prompt, entry.target_prompt, entry.words)
-        pictures = server.run(prompt, SAVED)
-        if len(pictures) != 1:
-            raise ValueError(f"the workflow made {len(pictures)} pictures of it, not one")
-        part = edited_path(output, entry).with_suffix(".part")
-        part.write_bytes(pictures[0])
-        os.replace(part, edited_path(output, entry))
-
-    with tqdm(total=len(entries), desc="editing", disable=None) as progress:
-        for entry, fault in spread(entries, servers, edit):
-            if entry is not None:
-                progress.update()
-            if fault:
-                faults.append(fault if entry is None else f"{entry.key}: {fault}")
-    return faults
-
-
-def as_png(picture: Image.Image) -> bytes:
-    file = io.BytesIO()
-    picture.convert("RGB").save(file, "PNG")
-    return file.getvalue()
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -205,14 +146,14 @@ def measured(entry: Entry, output: Path, judges: dict[str, Any]) -> Row:
     there = sorted(name for name, judge in judges.items() if judge is not None)
     if kept.is_file():
         row = json.loads(kept.read_text(encoding="utf-8"))
-        if row["networks"] == there:
+        if (row["networks"], row["edit"]) == (there, entry.fingerprint()):
             return row
     source, edited = (picture(path) for path in (entry.image, edited_path(output, entry)))
     if source.shape != edited.shape:
         sizes = [f"{image.shape[2]} x {image.shape[1]}" for image in (source, edited)]
         raise ValueError(f"its picture is {sizes[0]}, the edited one {sizes[1]} pixels")
     mask = decoded_mask(entry.runs, *source.shape[1:3])
-    row = {"id": entry.key, "kind": entry.kind, "networks": there}
+    row = {"id": entry.key, "kind": entry.kind, "networks": there, "edit": entry.fingerprint()}
     device = comfy.model_management.get_torch_device()
     tensors = [each.to(device) for each in (source, edited, mask)]
     for name, metric in (("published", published), ("corrected", corrected)):

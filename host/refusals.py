@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection
-from functools import partial
 
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -18,7 +16,7 @@ from .alone import ALIKE, apart
 from .conditioning import SEED
 from .layer import Layer
 from .model import identity
-from .sampler import OwnSampler, Run
+from .sampler import OwnSampler, Run, function_name, settings
 from .shortcuts import cache_on
 from .trajectory import Trajectory
 
@@ -86,7 +84,7 @@ def check_latent(model: ModelPatcher, samples: Tensor) -> None:
 def check_deterministic(sampler: Sampler, sigmas: Tensor) -> None:
     """Raises ValueError for samplers that draw fresh noise (ancestral, SDE): no trajectory fits their path."""
     if isinstance(sampler, KSAMPLER) and _draws_noise(sampler, sigmas):
-        name = _function_name(sampler).removeprefix("sample_")
+        name = function_name(sampler).removeprefix("sample_")
         raise ValueError(
             f"The sampler '{name}' adds fresh noise at every step and cannot follow a trajectory: "
             "choose a deterministic one, such as euler, ddim or dpmpp_2m, in the sampler node."
@@ -95,18 +93,16 @@ def check_deterministic(sampler: Sampler, sigmas: Tensor) -> None:
 
 def _draws_noise(sampler: KSAMPLER, sigmas: Tensor) -> bool:
     """Whether fresh noise has a share in its steps along `sigmas`, at its settings."""
-    function = sampler.sampler_function
-    parameters = inspect.signature(function).parameters
-    settings = {name: parameter.default for name, parameter in parameters.items()} | sampler.extra_options
-    if "noise_sampler" not in parameters or _function_name(sampler) in NOISELESS:
-        return settings.get("s_churn", 0) > 0
-    if "tau_func" in parameters:  # SA-Solver: that share at each sigma
-        share = settings["tau_func"]
+    given = settings(sampler)
+    if "noise_sampler" not in given or function_name(sampler) in NOISELESS:
+        return given.get("s_churn", 0) > 0
+    if "tau_func" in given:  # SA-Solver: that share at each sigma
+        share = given["tau_func"]
         return share is None or any(share(sigma) > 0 for sigma in sigmas[1:].tolist())
-    if "noise_scaler" in parameters:  # ER-SDE, an ODE where this is linear
-        scaler = settings["noise_scaler"]
+    if "noise_scaler" in given:  # ER-SDE, an ODE where this is linear
+        scaler = given["noise_scaler"]
         return scaler is None or scaler(2.0) != 2 * scaler(1.0)
-    return settings.get("eta", 1.0) != 0
+    return given.get("eta", 1.0) != 0
 
 
 def check_source(conditioning: list) -> None:
@@ -221,7 +217,7 @@ def check_run(
     own = guider.model_patcher.model.process_latent_in(latent)
     if noise.any() and not isinstance(sampler, OwnSampler) and _distance(own, trajectory.states[0]) < SAME:
         raise ValueError(OTHER_START)
-    name = _function_name(sampler)
+    name = function_name(sampler)
     if name == "sample_dpm_2":
         raise ValueError(
             "The sampler 'dpm_2' calls the model between the sigmas of its schedule, where a trajectory has no state: "
@@ -258,7 +254,7 @@ def check_states_known(virtual: bool, part: str) -> None:
 def check_follows(sampler: Sampler, follows: bool) -> None:
     """Raises ValueError for samplers that make no edit of what Virtual Inversion answers."""
     if not follows:
-        name = _function_name(sampler).removeprefix("sample_") or type(sampler).__name__
+        name = function_name(sampler).removeprefix("sample_") or type(sampler).__name__
         raise ValueError(
             f"The sampler '{name}' mixes more into a step than the model's last answer, which Virtual Inversion cannot "
             "turn into an edit: choose euler, ddim, lcm, ddpm or euler_ancestral."
@@ -375,16 +371,6 @@ def check_replay(node: str, trajectory: Trajectory, run: Run) -> None:
             f"The sampler of {node} starts from its own noise, but latent_image is another latent: use Edit Sampler, "
             "or connect the noise output of the same node."
         )
-
-
-def _function_name(sampler: Sampler) -> str:
-    """Of its function in the host, however another pack wraps it: as a partial or in an object of its own."""
-    if not isinstance(sampler, KSAMPLER):
-        return ""
-    function = sampler.sampler_function
-    while isinstance(function, partial):
-        function = function.func
-    return getattr(function, "__name__", type(function).__name__)
 
 
 def _fitting_schedule(name: str) -> str:
@@ -529,7 +515,7 @@ def check_stored(layer: Layer, stored: Collection[Layer]) -> None:
 
 def check_in_place(sampler: Sampler, node: str) -> None:
     """Raises ValueError for samplers that call the model with a copy of their own latent: `node` cannot change it."""
-    name = _function_name(sampler)
+    name = function_name(sampler)
     found = [shown for start, shown in OWN_LATENT.items() if name.startswith(start)]
     if found:
         raise ValueError(

@@ -1,12 +1,15 @@
-"""The pack's own samplers, written over what the host hands to one."""
+"""The pack's own samplers, written over what the host hands to one; and what is known of other samplers."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from typing import Any
 
-from comfy.samplers import CFGGuider, Sampler
+from comfy.samplers import KSAMPLER, CFGGuider, Sampler
 from torch import Tensor
 
 
@@ -59,3 +62,19 @@ class OwnSampler(Sampler, ABC):
         disable_pbar: bool = False,
     ) -> Tensor:
         return self.walk(Run(model_wrap, sigmas, extra_args, callback, latent_image, denoise_mask))
+
+
+def function_name(sampler: Sampler) -> str:
+    """Of its function in the host, however another pack wraps it: as a partial or in an object of its own."""
+    if not isinstance(sampler, KSAMPLER):
+        return ""
+    function = sampler.sampler_function
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def settings(sampler: KSAMPLER) -> dict[str, Any]:
+    """What its function is called with beside the run: its options, or else the defaults, a partial's among them."""
+    parameters = signature(sampler.sampler_function).parameters
+    return {name: parameter.default for name, parameter in parameters.items()} | sampler.extra_options

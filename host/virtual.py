@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import source
 from .refusals import check_follows, check_image_run
+from .sampler import function_name, settings
 from .trajectory import Trajectory
 
 KEY = f"{source.KEY}.virtual"
@@ -62,8 +63,8 @@ def kept_by(sampler: Sampler) -> Kept | None:
     """What a sampler keeps of the latent, beside its model's answer and noise; None where a step is no such mixture."""
     if not isinstance(sampler, KSAMPLER):
         return None
-    options = sampler.extra_options
-    if sampler.sampler_function.__name__ == "sample_euler" and options.get("s_churn", 0) > 0:
+    name, options = function_name(sampler), settings(sampler)
+    if name == "sample_euler" and options.get("s_churn", 0) > 0:
         return None
     eta = options.get("eta", 1.0)
 
@@ -77,7 +78,7 @@ def kept_by(sampler: Sampler) -> Kept | None:
         "sample_ddpm": lambda sigma, below: (below / sigma) ** 2,
         "sample_euler_ancestral": ancestral,
     }
-    return known.get(sampler.sampler_function.__name__)
+    return known.get(name)
 
 
 class _Run:

@@ -71,4 +71,5 @@ def invert_virtually(
     noise = comfy.sample.prepare_noise(samples, seed)
     states = [image + sigma * noise for sigma in sigmas.tolist()]
     trajectory = as_trajectory(model, Guidance(source), states, sigmas, seed)
-    return attach_virtual(model, trajectory, Virtual(samples.clone(), mask, fresh)), trajectory
+    kept = Virtual(samples.clone(), None if mask is None else mask.clone(), fresh)
+    return attach_virtual(model, trajectory, kept), trajectory

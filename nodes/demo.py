@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..demo import model, scenes
+from .widgets import seed_of
 
 
 class LoadDemoModel(io.ComfyNode):
@@ -70,14 +71,7 @@ class DemoScene(io.ComfyNode):
                     default="a photo of a dog on a meadow",
                     tooltip="The caption with words swapped, added or left out. The layout stays that of the first.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Where the things stand, their exact size, and from where the place is seen.",
-                ),
+                seed_of("Where the things stand, their exact size, and from where the place is seen."),
             ],
             outputs=[
                 io.Image.Output("image", tooltip="The scene of the caption, 128 x 128 pixels."),

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from torch.nn.functional import interpolate
 
 from ..inversion.diffedit import NODE, Settings, difference_mask
-from .widgets import encoder, fraction, image_to_invert, latent_of
+from .widgets import encoder, fraction, image_to_invert, latent_of, seed_of
 
 
 class DifferenceMask(io.ComfyNode):
@@ -56,14 +56,7 @@ class DifferenceMask(io.ComfyNode):
                     max=100,
                     tooltip="Over how many noises the differences are averaged. More is smoother and takes longer.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="The seed of the noises.",
-                ),
+                seed_of("The seed of the noises."),
                 encoder(),
             ],
             outputs=[io.Mask.Output("mask", tooltip="1 where to edit, for each image. Eight times the latent's size.")],

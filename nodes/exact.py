@@ -21,6 +21,7 @@ from .widgets import (
     latent_of,
     noise_and_sigmas,
     noise_and_sigmas_of,
+    seed_of,
     spent,
 )
 
@@ -81,14 +82,7 @@ class EditFriendlyInversion(io.ComfyNode):
             inputs=[
                 *common_inputs(steps=100, cfg=3.5),
                 fraction("skip", 0.36, "How much of the schedule is left out. More keeps more of the image."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="The seed of the noise: another seed, another edit.",
-                ),
+                seed_of("The seed of the noise: another seed, another edit."),
                 inverting_negative(),
                 io.Float.Input(
                     "eta",

@@ -21,7 +21,7 @@ from ..metrics.lpips import SMALLEST
 from ..metrics.pixels import mse, psnr, ssim
 from ..metrics.structure import structure_distance
 from .networks import Missing, load_dino, load_lpips, text_embedding
-from .telling import HIDDEN, tell
+from .telling import tell
 from .widgets import drawn
 
 WHOLE, INSIDE, OUTSIDE = "whole picture", "inside the mask", "outside the mask"
@@ -97,7 +97,6 @@ class EditMetrics(io.ComfyNode):
                 io.String.Output("report", tooltip="All of this as text."),
             ],
             is_output_node=True,
-            hidden=HIDDEN,
         )
 
     @classmethod

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..inversion.virtual import NODE, PRESETS, invert_virtually, schedule
 from . import sockets
-from .widgets import encoded, encoder
+from .widgets import encoded, encoder, seed_of
 
 
 class VirtualInversion(io.ComfyNode):
@@ -80,14 +80,7 @@ class VirtualInversion(io.ComfyNode):
                     advanced=True,
                     tooltip="Which noise levels to visit, as in KSampler.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="The seed of the noise: another seed, another edit.",
-                ),
+                seed_of("The seed of the noise: another seed, another edit."),
                 encoder(),
             ],
             outputs=[

@@ -21,6 +21,18 @@ def fraction(name: str, default: float, tooltip: str, advanced: bool = False) ->
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip, advanced=advanced)
 
 
+def seed_of(tooltip: str) -> io.Int.Input:
+    """Of noise, or of what else is drawn at random; it stays as it is between runs."""
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=0xFFFFFFFFFFFFFFFF,
+        control_after_generate=io.ControlAfterGenerate.fixed,
+        tooltip=tooltip,
+    )
+
+
 def image_to_invert() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The model to invert with: the same one that you edit with, without edits."),

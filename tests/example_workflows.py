@@ -18,7 +18,6 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "edit-real-image",
     "local-blend",
     "masactrl-edit",
-    "measure-edit",
     "negative-prompt-inversion",
     "null-text",
     "pix2pix-zero",
@@ -29,7 +28,8 @@ EDITS = (  # save the source and its edits, side by side or as a batch
 # Each of these reads what the one before it has written.
 KEEPING = ("keep-inversion", "use-kept-inversion", "keep-direction", "use-kept-direction")
 LOOKING = ("attention-maps", "feature-viewer")
-WITHOUT_DOWNLOAD = (*EDITS, *KEEPING, *LOOKING)
+MEASURING = "measure-edit"
+WITHOUT_DOWNLOAD = (*EDITS, *KEEPING, *LOOKING, MEASURING)
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 TITLE_HEIGHT = 30
 COMPARER = {"__value__": ["", ""]}  # a slider that no workflow keeps; wrapped, for a list would be a link

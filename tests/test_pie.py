@@ -16,9 +16,9 @@ import torch
 import torchmetrics.functional.image as image
 from PIL import Image
 
-from example_workflows import EDITS, api_form
+from example_workflows import EDITS, MEASURING, api_form
 from host_server import HostServer
-from palimpsest.benchmarks import pie
+from palimpsest.benchmarks import jobs, pie
 from palimpsest.benchmarks.farm import spread
 from palimpsest.benchmarks.filled import DECODERS, SAVED, Template
 from palimpsest.benchmarks.servers import Refused, Unusable
@@ -159,7 +159,7 @@ def test_an_interrupted_run_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pie, "spread", interrupted)
+        patch.setattr(jobs, "spread", interrupted)
         with pytest.raises(KeyboardInterrupt):
             bench(*arguments("twice"))
     first = tmp_path / "twice" / "edited" / f"{ran[0]}.png"
@@ -178,7 +178,7 @@ def test_an_interrupted_run_goes_on(
 # --- what it is made of ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted({*EDITS, "edit-photo"} - {"edit-generated-image", "pix2pix-zero"}))
+@pytest.mark.parametrize("name", sorted({*EDITS, MEASURING, "edit-photo"} - {"edit-generated-image", "pix2pix-zero"}))
 def test_every_workflow_can_be_filled(name: str) -> None:
     """With a picture and prompts of any kind, and nothing of the demo's scene is left."""
     workflow = api_form(name)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import comfy.samplers
 import nodes
 import pytest
 import torch
+from comfy.k_diffusion import sampling as k_diffusion
 from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
-from comfy.samplers import Sampler
+from comfy.samplers import KSAMPLER, Sampler
 from comfy_extras.nodes_custom_sampler import SamplerCustom
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from comfy_extras.nodes_easycache import LazyCacheNode
@@ -28,7 +30,7 @@ from palimpsest.nodes.virtual import VirtualInversion
 from reference import classic_p2p, in_float64, swapped
 from test_inject import PNP, masactrl
 from test_local_blend import blend
-from test_source import some_mapper, swap
+from test_source import Wrapped, some_mapper, swap
 from tiny import Tiny, conditioning, execute, rows_of, tiny_model
 
 CAPTION, CHANGE = "a photo of a red car on a street", ("red", "blue")  # of the demo's world
@@ -51,6 +53,25 @@ def virtual(tiny: Tiny, name: str, model: ModelPatcher | None = None, **inputs) 
 
 def guidance(tiny: Tiny, cfg: float = CFG) -> Guidance:
     return Guidance(tiny.target, tiny.negative, cfg)
+
+
+def test_samplers_as_other_packs_wrap_them() -> None:
+    """A partial is what it wraps, its settings included; what cannot be known is refused."""
+    tiny = Tiny()
+    model, trajectory = virtual(tiny, EDIT_FRIENDLY, seed=SEED)
+    function = k_diffusion.sample_euler_ancestral
+    plain, half, wrapped = (
+        resample(model, trajectory, guidance(tiny), sampler)
+        for sampler in (
+            KSAMPLER(function),
+            KSAMPLER(function, {"eta": 0.5}),
+            KSAMPLER(partial(function, eta=0.5)),
+        )
+    )
+    assert torch.equal(wrapped, half)
+    assert not torch.equal(plain, half)
+    with pytest.raises(ValueError, match="The sampler 'Wrapped' mixes more into a step"):
+        resample(model, trajectory, guidance(tiny), KSAMPLER(Wrapped(k_diffusion.sample_euler)))
 
 
 def infedit(x0: Tensor, sigmas: list[Tensor], noise: list[Tensor], estimate: Callable) -> Tensor:

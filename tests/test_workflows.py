@@ -14,6 +14,7 @@ from example_workflows import (
     FOLDER,
     KEEPING,
     LOOKING,
+    MEASURING,
     NAMES,
     WITHOUT_DOWNLOAD,
     api_form,
@@ -22,6 +23,7 @@ from example_workflows import (
 )
 from host_server import HostServer, Prompt, Run
 from palimpsest import dev
+from palimpsest.metrics.comparison import GAP
 
 ENLARGED = 3
 SAMPLERS = ("KSampler", "PalimpsestEditSampler", "PalimpsestRecordTrajectory", "SamplerCustomAdvanced")
@@ -71,6 +73,18 @@ def test_runs_and_repeats_bit_for_bit(server: HostServer, name: str) -> None:
     sample_again(prompt)
     again = saved_pictures(server, server.run(prompt))
     assert all(np.array_equal(one, other) for one, other in zip(pictures, again, strict=True))
+
+
+def test_an_edit_is_measured(server: HostServer) -> None:
+    """Its picture holds before, after, difference, truth and mask; the edit is another picture than the source."""
+    (picture,) = saved_pictures(server, server.run(api_form(MEASURING, steps=10)))
+    side = (picture.shape[1] - 6 * GAP) // 5
+    top = (picture.shape[0] - side) // 2
+    panels = [picture[top : top + side, GAP + i * (side + GAP) :][:, :side] for i in range(5)]
+    before, after, difference, truth, mask = panels
+    assert np.abs(before - after).mean() > 2
+    assert difference[mask > 128].mean() > difference[mask <= 128].mean()
+    assert np.abs(after - truth).mean() < np.abs(before - truth).mean()
 
 
 def test_what_was_kept_is_used(tmp_path: Path) -> None:

@@ -1,0 +1,94 @@
+"""Pictures to be edited by a workflow on ComfyUI servers; what is edited already is left as it is."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from .farm import spread, usable
+from .filled import SAVED, Template
+from .servers import Server
+
+
+@dataclass(frozen=True)
+class Job:
+    """key: the edited file's name without its ending. words: those of Local Blend, None for the workflow's own."""
+
+    key: str
+    image: Path
+    source_prompt: str
+    target_prompt: str
+    words: str | None
+
+    def fingerprint(self) -> str:
+        said = json.dumps([self.source_prompt, self.target_prompt, self.words])
+        return hashlib.sha256(said.encode() + self.image.read_bytes()).hexdigest()
+
+
+def add_workflow_and_servers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workflow", type=Path, required=True, metavar="FILE", help="in the API format")
+    parser.add_argument(
+        "--decoder", metavar="ID", help="the node that decodes the edited picture, if there are several"
+    )
+    parser.add_argument("--servers", nargs="+", default=["http://127.0.0.1:8188"], metavar="URL")
+
+
+def claim(output: Path, template: Template) -> None:
+    """Makes the output folder of this workflow, or goes on in it. Raises ValueError where it is another one's."""
+    fingerprint = hashlib.sha256(json.dumps(template.nodes, sort_keys=True).encode()).hexdigest()
+    (output / "edited").mkdir(parents=True, exist_ok=True)
+    stamp = output / "workflow.sha256"
+    if not stamp.exists():
+        stamp.write_text(fingerprint, encoding="utf-8")
+    if stamp.read_text(encoding="utf-8") != fingerprint:
+        raise ValueError(f"{output} holds the edits of another workflow: choose another --output, or delete it")
+
+
+def edited_path(output: Path, job: Job) -> Path:
+    return output / "edited" / f"{job.key}.png"
+
+
+def is_edited(output: Path, job: Job) -> bool:
+    """Whether this very picture was edited by these prompts."""
+    stamp = edited_path(output, job).with_suffix(".sha256")
+    return stamp.is_file() and stamp.read_text(encoding="utf-8") == job.fingerprint()
+
+
+def edit_all(jobs: list[Job], template: Template, urls: list[str], output: Path) -> list[str]:
+    """Edits what is not edited already; a sentence for each job and server that failed."""
+    jobs = [job for job in jobs if not is_edited(output, job)]
+    if not jobs:
+        return []
+    servers, faults = usable(urls, template.nodes)
+
+    def edit(server: Server, job: Job) -> None:
+        name = f"palimpsest-{job.key}.png"
+        server.upload(name, as_png(Image.open(job.image)))
+        prompt = template.filled(name, job.source_prompt, job.target_prompt, job.words)
+        pictures = server.run(prompt, SAVED)
+        if len(pictures) != 1:
+            raise ValueError(f"the workflow made {len(pictures)} pictures of it, not one")
+        edited_path(output, job).write_bytes(pictures[0])
+        edited_path(output, job).with_suffix(".sha256").write_text(job.fingerprint(), encoding="utf-8")
+
+    with tqdm(total=len(jobs), desc="editing", disable=None) as progress:
+        for job, fault in spread(jobs, servers, edit):
+            if job is not None:
+                progress.update()
+            if fault:
+                faults.append(fault if job is None else f"{job.key}: {fault}")
+    return faults
+
+
+def as_png(picture: Image.Image) -> bytes:
+    """Turned as a camera says that it was held, as Load Image turns it."""
+    file = io.BytesIO()
+    ImageOps.exif_transpose(picture).convert("RGB").save(file, "PNG")
+    return file.getvalue()
