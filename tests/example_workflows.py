@@ -10,6 +10,7 @@ from host_server import PACK, Prompt
 
 FOLDER = PACK / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+FIRST = "edit-real-image"  # opens the README
 EDITS = (  # save the source and its edits, side by side or as a batch
     "diffedit",
     "edict",

@@ -52,7 +52,7 @@ def test_it_holds_what_users_need_and_nothing_else(archive: set[str]) -> None:
     code = {"attention", "demo", "guidance", "host", "inversion", "metrics", "nodes"}
     served = {"locales", "subgraphs", "web", "workflows"}
     assert files | code <= {Path(path).parts[0] for path in archive} <= files | code | served
-    suffixes = {".md", ".py", ".js", ".toml", ".json", ".jpg", ".safetensors"}
+    suffixes = {".md", ".py", ".js", ".toml", ".json", ".jpg", ".png", ".safetensors"}
     assert {Path(path).suffix for path in archive - {"LICENSE"}} <= suffixes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from example_workflows import (
     EDITS,
+    FIRST,
     FOLDER,
     KEEPING,
     LOOKING,
@@ -21,7 +23,7 @@ from example_workflows import (
     to_api,
     ui_form,
 )
-from host_server import HostServer, Prompt, Run
+from host_server import PACK, HostServer, Prompt, Run
 from palimpsest import dev
 from palimpsest.metrics.comparison import GAP
 
@@ -125,6 +127,12 @@ def test_thumbnails_are_served(server: HostServer, name: str) -> None:
     thumbnail = Image.open(io.BytesIO(server.get(f"/api/workflow_templates/palimpsest/{name}.jpg")))
     assert thumbnail.format == "JPEG"
     assert 500 <= thumbnail.width <= 700
+
+
+def test_the_first_picture_carries_its_workflow() -> None:
+    picture = Image.open(PACK / "web" / "pictures" / f"{FIRST}.png")
+    assert json.loads(picture.info["workflow"]) == ui_form(FIRST)
+    assert json.loads(picture.info["prompt"]) == api_form(FIRST)
 
 
 def test_every_node_has_a_help_page(server: HostServer) -> None:

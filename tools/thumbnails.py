@@ -1,22 +1,25 @@
-"""Makes the thumbnails of the example workflows anew, by running them: `python tools/thumbnails.py [WORKFLOW ...]`.
+"""Makes the pictures of the example workflows anew, by running them: `python tools/thumbnails.py [WORKFLOW ...]`.
 
-COMFYUI_PATH names the host, such as `.dev/ComfyUI`.
+Every workflow gets its thumbnail; the one that opens the README also a PNG that carries it, as the host's own do:
+dropped on the graph editor, it opens the workflow. COMFYUI_PATH names the host, such as `.dev/ComfyUI`.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 PACK = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PACK / "tests"))
 
-from example_workflows import WITHOUT_DOWNLOAD, api_form  # noqa: E402
+from example_workflows import FIRST, WITHOUT_DOWNLOAD, api_form, ui_form  # noqa: E402
 from host_server import HostServer  # noqa: E402
 
 WIDTH = 600
@@ -34,7 +37,17 @@ def main() -> None:
             row = row.resize((WIDTH, round(row.height * WIDTH / row.width)), Image.Resampling.LANCZOS)
             path = PACK / "workflows" / f"{name}.jpg"
             row.save(path, quality=90)
+            if name == FIRST:
+                row.save(PACK / "web" / "pictures" / f"{name}.png", pnginfo=carrying(name))
             print(f"{path} ({time.monotonic() - start:.0f} s)", flush=True)
+
+
+def carrying(name: str) -> PngInfo:
+    """A workflow as the host writes it into the pictures that it saves."""
+    info = PngInfo()
+    info.add_text("prompt", json.dumps(api_form(name)))
+    info.add_text("workflow", json.dumps(ui_form(name)))
+    return info
 
 
 def beside(pictures: list[Image.Image]) -> Image.Image:
