@@ -21,6 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from sd_parsers import ParserManager
 
+
 def node(kind, **inputs):
     return {"class_type": kind, "inputs": inputs}
 
