@@ -26,6 +26,7 @@ from .patches import Measure, layer_of, with_measure
 from .refusals import (
     check_attention,
     check_in_place,
+    check_negative_runs,
     check_one_state,
     check_positions_kept,
     check_prompt_kept,
@@ -120,9 +121,11 @@ def _calc_cond_batch(executor, model, conds: list, x: Tensor, timestep: Tensor, 
     """Runs the target at its own latent, and tells its estimate as seen from the sampler's: with the same noise."""
     options = model_options["transformer_options"]
     ahead = options.get(AHEAD)
-    at = None if ahead is None else place(conds, options[source.RUN].guider.conds["positive"])
+    guider = options[source.RUN].guider if ahead is not None else None
+    at = guider and place(conds, guider.conds["positive"])
     if at is None:
         return executor(model, conds, x, timestep, model_options)
+    check_negative_runs(guider)
     if float(timestep[0]) == float(options["sample_sigmas"][0]):
 
         def ask(conds: Conds) -> list[Tensor]:

@@ -102,6 +102,7 @@ def attach_rule(model: ModelPatcher, rule: Rule, trajectory: Trajectory | None) 
         run.asked = True
         positive, negative, *others = args["conds_out"]
         if args["conds"][1] is None:
+            run.unchanged = None
             return args["conds_out"]
         run.unchanged = rule.unchanged(positive - negative)
         return [negative + rule.shrunk(positive - negative), negative, *others]

@@ -293,17 +293,22 @@ def check_image_run(guider: CFGGuider, image: Tensor, noise: Tensor, latent: Ten
 
 def check_two_latents(guider: CFGGuider) -> None:
     """Raises ValueError for runs whose negative prompt cannot move a latent of its own."""
-    negatives = guider.conds.get("negative", [])
-    if guider.cfg == 1 or not negatives:
-        raise ValueError(
-            "Cross Attention Guidance with two latents moves one of them by the negative prompt, which this run leaves "
-            "out: raise cfg, or set latents to one."
-        )
+    check_negative_runs(guider)
+    negatives = guider.conds["negative"]
     limits = [name for name in ("gligen", *RANGES) if negatives[0].get(name) is not None]
     if len(negatives) > 1 or limits or is_mixed(guider.model_patcher):
         raise ValueError(
             "Cross Attention Guidance with two latents takes one plain negative prompt, without Negative Prompt "
             "Guidance, null text, GLIGEN, timestep ranges or a second prompt: connect one, or set latents to one."
+        )
+
+
+def check_negative_runs(guider: CFGGuider) -> None:
+    """Raises ValueError where nothing is to be had from the negative prompt that moves a latent of its own."""
+    if guider.cfg == 1 or not guider.conds.get("negative"):
+        raise ValueError(
+            "Cross Attention Guidance with two latents moves one of them by the negative prompt, which this run leaves "
+            "out: raise cfg, and that of a CFG Override, or set latents to one."
         )
 
 
