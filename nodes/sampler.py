@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
+from ..host.cost import metered
 from ..inversion.run import Guidance, resample
 from . import sockets
+from .telling import HIDDEN, tell
 
 
 class EditSampler(io.ComfyNode):
@@ -62,6 +64,7 @@ class EditSampler(io.ComfyNode):
                     ),
                 ),
             ],
+            hidden=HIDDEN,
             outputs=[
                 io.Latent.Output("latent", tooltip="The edited image as a latent, for Local Blend Mask."),
                 io.Image.Output("image", tooltip="The edited image."),
@@ -71,5 +74,7 @@ class EditSampler(io.ComfyNode):
     @classmethod
     def execute(cls, model, trajectory, positive, vae, cfg, negative=None, sampler=None) -> io.NodeOutput:
         guidance = Guidance(positive, trajectory.conditioning if negative is None else negative, cfg)
+        model, cost = metered(model)
         samples = resample(model, trajectory, guidance, sampler)
-        return io.NodeOutput({"samples": samples}, vae.decode(samples))
+        told = ui.PreviewText(f"{cost.told}.")
+        return tell(cls, {"samples": samples}, vae.decode(samples), ui=told)

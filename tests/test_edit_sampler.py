@@ -34,7 +34,7 @@ from palimpsest.nodes.sampler import EditSampler
 from test_inject import PNP, masactrl
 from test_local_blend import blend
 from test_source import swap
-from tiny import Tiny, conditioning, execute, tiny_model
+from tiny import Tiny, conditioning, execute, rows_of, run, tiny_model
 
 EULER = comfy.samplers.sampler_object("euler")
 EMPTY = conditioning(6)
@@ -181,7 +181,11 @@ def test_the_node_through_a_whole_edit(demo: tuple) -> None:
     assert torch.equal(result["samples"], expected)
     assert torch.equal(picture, vae.decode(expected))
     empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-    result, _ = execute(EditSampler, **inputs, negative=empty)
+    edited, rows = rows_of(edited)
+    said = run(EditSampler, **inputs | {"model": edited}, negative=empty)
+    result, _ = said.result
+    assert (len(rows), sum(rows)) == (4, 12)  # a step's target, negative and source
+    assert said.ui.as_dict()["text"][0].startswith("4 network evaluations, 12 rows, ")
     assert torch.equal(result["samples"], by_hand(edited, trajectory, Guidance(target, empty, 5.0)))
     assert not torch.equal(result["samples"], expected)
 

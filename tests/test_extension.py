@@ -100,6 +100,7 @@ def test_words_costs_and_heat_after_a_run(page: Page, server: HostServer, steps:
     assert page.evaluate(PAIRS) == words
     said = page.evaluate(TEXTS)
     assert any(text.startswith(f"{steps} network evaluations, {steps} rows, ") for text in said)
+    assert any(text.startswith(f"{steps} network evaluations, {3 * steps} rows, ") for text in said)
     assert page.evaluate(HEAT) == 256
 
     page.evaluate(LOOK % json.dumps("PalimpsestPromptEdit"))
