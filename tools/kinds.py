@@ -31,7 +31,7 @@ CAPTIONS = (
     ("time", "a photo of a cat on a meadow", "a photo of a cat on a meadow at sunset", 0),
     ("style", "a photo of a cat on a meadow", "a watercolor of a cat on a meadow", 0),
 )
-SIDE, TEXT, GAP, COLUMNS = 128, 30, 12, 2
+SIDE, TEXT, GAP, COLUMNS = 128, 32, 12, 2
 
 
 def main() -> None:
@@ -40,23 +40,24 @@ def main() -> None:
     width, height = 3 * SIDE + GAP, TEXT + SIDE + GAP
     page = Image.new("RGB", (COLUMNS * width, -(-len(rows) // COLUMNS) * height), "white")
     draw = ImageDraw.Draw(page)
-    for number, ((kind, source, target, _), pictures) in enumerate(rows):
+    for number, ((kind, source, target, _), picture) in enumerate(rows):
         x, y = number % COLUMNS * width, number // COLUMNS * height
         draw.text((x + 2, y + 2), f"{kind}: {source}\n{target}", fill="black")
-        for place, picture in enumerate(pictures):
-            page.paste(picture, (x + place * SIDE, y + TEXT))
+        page.paste(picture, (x, y + TEXT))
     page.save(PACK / "web" / "pictures" / "kinds.jpg", quality=90)
 
 
-def edited(server: HostServer, source: str, target: str, seed: int) -> list[Image.Image]:
-    """The source, its edit and the true answer, as the workflow saves them."""
+def edited(server: HostServer, source: str, target: str, seed: int) -> Image.Image:
+    """The source, its edit and the true answer in one row, as the workflow saves them."""
     prompt: Prompt = api_form(FIRST)
     (scene,) = (node["inputs"] for node in prompt.values() if node["class_type"] == "PalimpsestDemoScene")
     scene |= {"caption": source, "edited_caption": target, "seed": seed}
     run = server.run(prompt)
     if run.errors:
         sys.exit(f"{source}: {run.errors}")
-    return [Image.open(io.BytesIO(server.view(image))) for image in run.images()]
+    (saved,) = run.images()
+    picture = Image.open(io.BytesIO(server.view(saved)))
+    return picture.resize((3 * SIDE, round(3 * SIDE * picture.height / picture.width)), Image.Resampling.LANCZOS)
 
 
 if __name__ == "__main__":
