@@ -30,6 +30,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
+from ..attention.local_blend import LocalBlend
 from ..attention.masactrl import MasaCtrl
 from ..attention.pnp import PlugAndPlay
 from ..demo import edits as demo_edits
@@ -46,6 +47,8 @@ from ..host.model import noise_latent
 from ..host.source import attach, attach_blend
 from ..host.trajectory import Trajectory
 from ..host.unet import decoder_from_second, last_layers
+from ..inversion.diffedit import Settings as Differences
+from ..inversion.diffedit import difference_mask
 from ..inversion.null_text import Settings as NullText
 from ..inversion.null_text import null_text
 from ..inversion.replay import invert_edict, invert_edit_friendly
@@ -229,6 +232,23 @@ def blended(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
     return attach_blend(model, inverted.trajectory, local_blend(batch.edits)), target
 
 
+def diffedit(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
+    """The new prompt where the two prompts predict different noise, the source elsewhere (arXiv 2210.11427)."""
+    return masked(batch, inverted, batch.model), batch.target
+
+
+def p2p_masked(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
+    model, target = p2p(batch, inverted)
+    return masked(batch, inverted, model), target
+
+
+def masked(batch: Batch, inverted: Inverted, model: ModelPatcher) -> ModelPatcher:
+    """The source outside DiffEdit's mask, at the nodes' defaults."""
+    settings = Differences(0.5, 10, 3.0, batch.arguments.seed)
+    mask = (difference_mask(batch.model, batch.source, batch.target, batch.latent, settings) > 0.3).float()
+    return attach_blend(model, inverted.trajectory, LocalBlend(None, 0, None, 0.3, 0.3, 0.0, 1, mask, False))
+
+
 def proximal(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
     model, target = p2p(batch, inverted)
     return attach_rule(model, Proximal(0.4, 1.0, 0.6, INVERSION), inverted.trajectory), target
@@ -264,6 +284,8 @@ EDITORS: dict[str, Callable[[Batch, Inverted], tuple[ModelPatcher, list]]] = {
     "naive": naive,
     "P2P": p2p,
     "P2P, blended": blended,
+    "DiffEdit": diffedit,
+    "P2P, DiffEdit's mask": p2p_masked,
     "P2P, proximal": proximal,
     "PnP": pnp,
     "MasaCtrl": masactrl,
