@@ -119,7 +119,7 @@ def test_calls(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_demo_finds_what_changes(demo: tuple) -> None:
-    """At the node's defaults: most of what the right answer changes, in whole positions of the latent, and little else."""
+    """At the defaults: most of what the right answer changes, in whole positions of the latent, and little else."""
     model, clip, vae = demo
     source, target, *_ = execute(PromptEdit, clip=clip, source_prompt=SOURCE, target_prompt=TARGET)
     drawn = [scenes.render(scenes.parse(text, SEED)) for text in (SOURCE, TARGET)]
