@@ -60,7 +60,7 @@ class EditSampler(io.ComfyNode):
                     "sampler",
                     optional=True,
                     tooltip=(
-                        "That of Edit Friendly Inversion or EDICT Inversion, or another that adds no noise. Not "
+                        "That of Edit Friendly, EDICT or OBELM Inversion, or another that adds no noise. Not "
                         "connected: the one that the image was inverted for, euler unless DDIM Inversion's solver says "
                         "dpmpp_2m."
                     ),
