@@ -12,6 +12,8 @@ from typing import Any
 from comfy.samplers import KSAMPLER, CFGGuider, Sampler
 from torch import Tensor
 
+from .trajectory import EULER, Trajectory
+
 
 @dataclass(frozen=True)
 class Run:
@@ -72,6 +74,20 @@ def function_name(sampler: Sampler) -> str:
     while isinstance(function, partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
+
+
+def told_mismatch(sampler: Sampler, trajectory: Trajectory) -> str | None:
+    """What to say where `trajectory` was inverted for another sampler, None where it was not.
+
+    What is inverted for euler is fit for any: its inversion is that of none to more than first order.
+    """
+    used = function_name(sampler).removeprefix("sample_") or type(sampler).__name__
+    if trajectory.sampler in (EULER, used):
+        return None
+    return (
+        f"The trajectory was inverted for {trajectory.sampler}, but is sampled with {used}, which gives the image back "
+        f"less exactly: choose {trajectory.sampler}."
+    )
 
 
 def settings(sampler: KSAMPLER) -> dict[str, Any]:

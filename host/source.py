@@ -41,6 +41,7 @@ from .refusals import (
     check_states_known,
     check_unet,
 )
+from .sampler import told_mismatch
 from .schedule import step_of
 from .shortcuts import uncached, uncompiled
 from .store import AttentionStore
@@ -262,6 +263,8 @@ def _outer_sample(
     branch = options[KEY]
     if not branch.virtual:
         check_run(branch.trajectory, guider, noise, latent_image, sampler, sigmas, denoise_mask)
+        if mismatch := told_mismatch(sampler, branch.trajectory):
+            logging.warning(f"Palimpsest: {mismatch}")
     positive = guider.conds["positive"][0]["cross_attn"]
     for part in (*branch.edits, branch.blend):
         if part is not None:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .conditioning import packed, unpacked
+from .quote import quoted
 from .storage import Format, Parsed, read, write
 
+EULER, DPMPP_2M = "euler", "dpmpp_2m"  # samplers of the host that images are inverted for
 FORMAT = Format("palimpsest.trajectory/2", "trajectory", "Save Trajectory")
 
 
@@ -48,12 +50,14 @@ class Trajectory(NamedTuple):
     sigmas: [n + 1] fp32, falling from the noise to the image.
     conditioning: the host CONDITIONING of the source prompt.
     model: the model that made it.
+    sampler: the host's sampler that it was inverted for, which runs along it where no other is chosen.
     """
 
     states: Tensor
     sigmas: Tensor
     conditioning: list
     model: ModelIdentity
+    sampler: str = EULER
 
     @property
     def steps(self) -> int:
@@ -86,6 +90,7 @@ def write_file(path: Path, kind: Format, trajectory: Trajectory, tensors: dict, 
     advice = f"invert without it, or keep the {kind.name} in the workflow instead of {kind.writer}."
     source, values = packed(trajectory.conditioning, "The trajectory's source conditioning", advice)
     model = {"model": trajectory.model.name, "prediction": trajectory.model.prediction}
+    model |= {"sampler": trajectory.sampler}
     own = {"states": trajectory.states, "sigmas": trajectory.sigmas}
     own |= {"model.weights": trajectory.model.weights, "model.spacing": trajectory.model.spacing}
     write(path, kind, tensors | own | source, metadata | model | values)
@@ -101,11 +106,15 @@ def read_file(path: Path, kind: Format, parse: Callable[[Trajectory, dict, dict]
 
 def _read_trajectory(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Trajectory:
     known = metadata["model"], metadata["prediction"], tensors["model.weights"], tensors["model.spacing"]
-    trajectory = Trajectory(tensors["states"], tensors["sigmas"], unpacked(tensors, metadata), ModelIdentity(*known))
+    sampler = metadata.get("sampler", EULER)  # files of before there was another
+    source = unpacked(tensors, metadata)
+    trajectory = Trajectory(tensors["states"], tensors["sigmas"], source, ModelIdentity(*known), sampler)
     if trajectory.states.ndim != 5 or len(trajectory.states) != len(trajectory.sigmas):
         raise ValueError("its states do not fit its sigmas")
     if not (trajectory.sigmas.diff() < 0).all():
         raise ValueError("its sigmas do not fall")
     if not torch.isfinite(trajectory.states).all():
         raise ValueError("it holds NaN or infinite values")
+    if sampler not in (EULER, DPMPP_2M):
+        raise ValueError(f"its sampler {quoted(sampler)} is unknown")
     return trajectory

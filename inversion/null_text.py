@@ -36,7 +36,7 @@ from ..host.refusals import (
 )
 from ..host.sampler import OwnSampler, Run
 from ..host.timed import timed
-from ..host.trajectory import Trajectory
+from ..host.trajectory import EULER, Trajectory
 from ..host.unfinished import Unfinished
 from .run import Guidance, asked_twice, check_unedited, record, sample
 
@@ -172,6 +172,11 @@ def check(model: ModelPatcher, pivot: Trajectory, start: list, settings: Setting
     check_one_gpu(model)
     check_attention(model, NODE)
     check_same_model(model, pivot)
+    if pivot.sampler != EULER:
+        raise ValueError(
+            f"{NODE} fits its negatives to the steps of euler, but the trajectory was inverted for {pivot.sampler}: "
+            "set solver of DDIM Inversion to ddim (euler)."
+        )
     check_source(pivot.conditioning)
     ((source, options),) = pivot.conditioning
     check_plain(start, f"The empty prompt of {NODE}", source)

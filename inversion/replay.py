@@ -1,23 +1,26 @@
-"""Inversions whose image only a sampler of their own gives back: edit-friendly DDPM and EDICT on the host."""
+"""Inversions whose image only a sampler of their own gives back: edit-friendly DDPM, EDICT and O-BELM on the host."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ..host.model import prediction_type
 from ..host.refusals import check_replay
 from ..host.sampler import OwnSampler, Run
 from ..host.source import with_state
 from ..host.trajectory import Trajectory
-from . import edict
+from . import edict, obelm
+from .ddim import first_noise
+from .ddim import step_up as ddim_step_up
 from .edict import Pair
 from .edit_friendly import independent_states, posterior
 from .run import Guidance, as_trajectory, asked_twice, check_inversion, sample
 
-EDIT_FRIENDLY, EDICT = "Edit Friendly Inversion", "EDICT Inversion"
+EDIT_FRIENDLY, EDICT, OBELM = "Edit Friendly Inversion", "EDICT Inversion", "OBELM Inversion"
 FARTHEST = 1e12  # where float64, in which the pair is kept, holds no more than four decimals of the image
 
 
@@ -142,6 +145,69 @@ def invert_edict(
     sample(model, guidance, walk, sigmas, torch.zeros_like(samples), samples, seed=0)
     trajectory = as_trajectory(model, guidance, walk.states[::-1], sigmas)
     return trajectory, EDICTSampler(trajectory, walk.pair, tuple(walk.seen[::-1]), mixing)
+
+
+class OBELMSampler(OwnSampler):
+    """Samples from the two noisiest states of the inversion, as if the edit had come by them too. Immutable.
+
+    start: these states in float64, the noisier first; the host's latent holds that alone, and in less precision.
+    """
+
+    def __init__(self, trajectory: Trajectory, start: tuple[Tensor, Tensor]) -> None:
+        self.trajectory, self.start = trajectory, start
+
+    def walk(self, run: Run) -> Tensor:
+        check_replay(OBELM, self.trajectory, run)
+        denoise = asked_twice(run.denoise, f"The sampler of {OBELM}")
+        before, x = (state.expand(run.latent.shape) for state in self.start)
+        *_, last = _two_steps(run, denoise, run.sigmas.tolist(), before, x)
+        return last.to(run.latent)
+
+
+class OBELMWalk(OwnSampler):
+    """Takes the image up the schedule, the first step by DDIM inversion. Made anew for each run."""
+
+    def __init__(self, prediction: str) -> None:
+        self.prediction = prediction
+        self.states: list[Tensor] = []  # in float64
+
+    def walk(self, run: Run) -> Tensor:
+        denoise, levels = asked_twice(run.denoise, OBELM), run.sigmas.tolist()[::-1]
+        eps = first_noise(run.latent, levels[0], levels[1], denoise, self.prediction)
+        x, denoised = ddim_step_up(run.latent, levels[0], levels[1], eps)
+        run.report(0, denoised, x)
+        self.states += [run.latent.cpu().double(), x.cpu().double()]
+        self.states += _two_steps(run, denoise, levels, *self.states)
+        return self.states[-1].to(run.latent)
+
+
+def invert_obelm(
+    model: ModelPatcher, guidance: Guidance, samples: Tensor, sigmas: Tensor
+) -> tuple[Trajectory, OBELMSampler]:
+    """The states at each of three or more falling `sigmas`, the last above 0, for image latents, and their sampler.
+
+    samples: [b, c, h, w]. Raises ValueError for models, latents and settings that cannot be inverted.
+    """
+    check_inversion(OBELM, model, guidance, samples)
+    walk = OBELMWalk(prediction_type(model))
+    sample(model, guidance, walk, sigmas, torch.zeros_like(samples), samples, seed=0)
+    trajectory = as_trajectory(model, guidance, [state.float() for state in walk.states[::-1]], sigmas)
+    return trajectory, OBELMSampler(trajectory, (walk.states[-1], walk.states[-2]))
+
+
+def _two_steps(
+    run: Run, denoise: Callable[[Tensor, float], Tensor], levels: list[float], before: Tensor, x: Tensor
+) -> Iterator[Tensor]:
+    """The states in float64 after these two, at the third and each further of `levels`, which rise or fall."""
+    for i, (sigma_before, sigma, sigma_next) in enumerate(zip(levels, levels[1:], levels[2:], strict=False)):
+        shown = x.to(run.latent)
+        moved = shown.clone()
+        denoised = denoise(moved, sigma)
+        x = x + (moved - shown).cpu().double()  # Local Blend changes what the network is shown
+        eps = ((moved - denoised) / sigma).cpu().double()
+        before, x = x, obelm.step(before, x, eps, sigma_before, sigma, sigma_next)
+        run.report(i + 1, denoised, x)
+        yield x
 
 
 class _Coupled:

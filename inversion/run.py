@@ -1,4 +1,4 @@
-"""Image to trajectory on the host: DDIM inversion, and recording an ordinary sampling run; and an edit's own run."""
+"""Image to trajectory on the host: DDIM inversion and that of second order, recording a sampling run; an edit's run."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ from ..host.refusals import (
 )
 from ..host.sampler import OwnSampler, Run
 from ..host.source import KEY, STATE, check_same_states
-from ..host.trajectory import Trajectory, sigma_index
+from ..host.trajectory import DPMPP_2M, EULER, Trajectory, sigma_index
 from ..host.virtual import virtual_of
-from .ddim import leading_sigmas
+from .ddim import first_noise, leading_sigmas, step_up
+from .dpm_solver import Evaluation, multistep
 from .fixed_point import fixed_point_step
 from .regularise import regularised
 
@@ -99,17 +100,64 @@ class InversionSampler(OwnSampler):
         return x
 
 
-def invert(
-    model: ModelPatcher, guidance: Guidance, samples: Tensor, sigmas: Tensor, refinement: Refinement = PLAIN
-) -> Trajectory:
-    """DDIM inversion of image latents [b, c, h, w] along falling `sigmas`.
+class MultistepInversionSampler(OwnSampler):
+    """As InversionSampler, by the steps of `dpmpp_2m`. Made anew for each run.
 
-    Raises ValueError for models, latents and settings that cannot be inverted.
+    From sigma 0, which has no logarithm, the step is DDIM inversion's, and the next is of first order.
+    """
+
+    def __init__(self, prediction: str) -> None:
+        self.prediction = prediction
+        self.states: list[Tensor] = []
+
+    def walk(self, run: Run) -> Tensor:
+        x, before = run.latent, None
+        self.states.append(x.to("cpu", torch.float32))
+        for i, sigma, sigma_next in run.steps():
+            if sigma == 0:
+                eps = first_noise(x, sigma, sigma_next, run.denoise, self.prediction)
+                x, denoised = step_up(x, sigma, sigma_next, eps)
+            else:
+                denoised = run.denoise(x, sigma)
+                now = Evaluation(sigma, denoised)
+                x, before = multistep(x, now, sigma_next, before), now
+            self.states.append(x.to("cpu", torch.float32))
+            run.report(i, denoised, x)
+        return x
+
+
+def invert(
+    model: ModelPatcher,
+    guidance: Guidance,
+    samples: Tensor,
+    sigmas: Tensor,
+    refinement: Refinement = PLAIN,
+    solver: str = EULER,
+) -> Trajectory:
+    """Inversion of image latents [b, c, h, w] along falling `sigmas`, for the host's sampler `solver`.
+
+    That is DDIM inversion for "euler", and its second-order kin for "dpmpp_2m" (dpm_solver.py). Raises ValueError for
+    models, latents and settings that cannot be inverted.
     """
     check_inversion("DDIM Inversion", model, guidance, samples)
-    sampler = InversionSampler(prediction_type(model), refinement)
+    prediction = prediction_type(model)
+    if solver == DPMPP_2M:
+        _check_plain(refinement)
+        sampler = MultistepInversionSampler(prediction)
+    else:
+        sampler = InversionSampler(prediction, refinement)
     sample(model, guidance, sampler, sigmas.flip(0), torch.zeros_like(samples), samples, seed=0)
-    return as_trajectory(model, guidance, sampler.states[::-1], sigmas)
+    return as_trajectory(model, guidance, sampler.states[::-1], sigmas)._replace(sampler=solver)
+
+
+def _check_plain(refinement: Refinement) -> None:
+    """Raises ValueError for refinements of euler's steps, which those of another sampler cannot have."""
+    for name, value in refinement._asdict().items():
+        if value != (plain := getattr(PLAIN, name)):
+            raise ValueError(
+                f"DDIM Inversion's {name} {value:g} refines the steps of euler, but its solver is {DPMPP_2M}: set "
+                f"{name} to {plain:g}, or solver to ddim (euler)."
+            )
 
 
 def check_inversion(node: str, model: ModelPatcher, guidance: Guidance, samples: Tensor) -> None:
@@ -184,12 +232,12 @@ def ddim_sigmas(model: ModelPatcher, steps: int) -> Tensor:
 def resample(model: ModelPatcher, trajectory: Trajectory, guidance: Guidance, sampler: Sampler | None = None) -> Tensor:
     """What a run along the trajectory's sigmas makes of its noise: the latent [b, c, h, w] of SamplerCustom.
 
-    sampler: euler where none is given. Several targets of one image start from its noise each. Raises ValueError for
-    models and samplers that cannot follow the trajectory.
+    sampler: where none is given, the one that the trajectory was inverted for. Several targets of one image start from
+    its noise each. Raises ValueError for models and samplers that cannot follow the trajectory.
 
     The MODEL of Virtual Inversion starts from the image, with the same noise on it.
     """
-    sampler = sampler or sampler_object("euler")
+    sampler = sampler or sampler_object(trajectory.sampler)
     check_same_model(model, trajectory)
     virtual, mask, seed = virtual_of(model), None, 0
     if virtual is None:

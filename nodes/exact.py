@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..host.cost import Cost, metered
 from ..host.trajectory import Trajectory
-from ..inversion.replay import invert_edict, invert_edit_friendly
+from ..inversion.replay import invert_edict, invert_edit_friendly, invert_obelm
 from ..inversion.run import Guidance, ddim_sigmas
 from . import sockets
 from .telling import HIDDEN, tell
@@ -156,3 +156,43 @@ class EDICTInversion(io.ComfyNode):
         sigmas = schedule(model, steps, skipped)
         model, cost = metered(model)
         return answer(cls, model, cost, *invert_edict(model, guidance, samples, sigmas, mixing))
+
+
+class OBELMInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PalimpsestOBELMInversion",
+            display_name="OBELM Inversion",
+            category="Palimpsest/invert",
+            description=(
+                "Inverts your image exactly at one evaluation a step, by steps that lead from two states to the next "
+                "(O-BELM). The sampler output takes them back: with the same prompt and cfg they give the image, with "
+                "another prompt an edit of it. Connect trajectory and sampler to Edit Sampler, or noise, sigmas and "
+                "sampler to SamplerCustom."
+            ),
+            search_aliases=["o-belm", "belm", "exact inversion", "bidirectional", "invert", "real image"],
+            inputs=[
+                *common_inputs(steps=50, cfg=1.0),
+                fraction("strength", 0.8, "How much of the schedule is run. More lets the prompt change more."),
+                inverting_negative(),
+                encoder(),
+            ],
+            hidden=HIDDEN,
+            outputs=outputs("Takes the steps back from noise along sigmas, with any prompt and cfg."),
+        )
+
+    @classmethod
+    def execute(cls, model, source, image, steps, cfg, strength, negative=None, vae=None) -> io.NodeOutput:
+        samples = latent_of(image, vae, "OBELM Inversion")
+        run = round(strength * steps)
+        if run < 2:
+            raise ValueError(
+                f"OBELM Inversion needs two steps at least, but runs {run} of {steps} at strength {strength:g}: raise "
+                "strength, or steps."
+            )
+        model_sampling = model.get_model_object("model_sampling")
+        sigmas = comfy.samplers.calculate_sigmas(model_sampling, "karras", steps + 1)[steps - run : -1].cpu()
+        guidance = Guidance(source, negative, cfg)
+        model, cost = metered(model)
+        return answer(cls, model, cost, *invert_obelm(model, guidance, samples, sigmas))

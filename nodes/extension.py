@@ -33,6 +33,7 @@ NODES: list[type[io.ComfyNode]] = [
     inversion.DDIMInversion,
     exact.EditFriendlyInversion,
     exact.EDICTInversion,
+    exact.OBELMInversion,
     virtual.VirtualInversion,
     inversion.RecordTrajectory,
     trajectory.SaveTrajectory,

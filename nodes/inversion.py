@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..host.cost import metered
 from ..host.model import noise_latent
 from ..host.refusals import check_no_mask
+from ..host.trajectory import DPMPP_2M, EULER
 from ..inversion.run import Guidance, Refinement, ddim_sigmas, invert, record
 from . import sockets
 from .telling import HIDDEN, tell
@@ -24,6 +25,8 @@ from .widgets import (
 )
 
 LEADING = "ddim (diffusers leading)"
+SOLVERS = {"ddim (euler)": EULER, DPMPP_2M: DPMPP_2M}
+DDIM, *_ = SOLVERS
 
 
 def weight(name: str, tooltip: str) -> io.Float.Input:
@@ -109,6 +112,17 @@ class DDIMInversion(io.ComfyNode):
                 weight("autocorrelation", "How strongly the noise is kept from repeating itself. Paper: 20; 0 is off."),
                 weight("kl", "How strongly the noise is kept at mean 0 and variance 1. Paper: 20; 0 is off."),
                 encoder(),
+                io.Combo.Input(
+                    "solver",
+                    options=[*SOLVERS],
+                    default=DDIM,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Which sampler to run backwards. dpmpp_2m reconstructs much better at the same cost, without "
+                        "iterations: Edit Sampler then takes it by itself, elsewhere choose the sampler dpmpp_2m."
+                    ),
+                ),
             ],
             hidden=HIDDEN,
             outputs=[
@@ -132,6 +146,7 @@ class DDIMInversion(io.ComfyNode):
         autocorrelation=0.0,
         kl=0.0,
         vae=None,
+        solver=DDIM,
     ) -> io.NodeOutput:
         samples = latent_of(image, vae, "DDIM Inversion")
         if schedule == LEADING:
@@ -141,7 +156,7 @@ class DDIMInversion(io.ComfyNode):
             sigmas = comfy.samplers.calculate_sigmas(model_sampling, schedule, steps).cpu()
         refinement = Refinement(iterations, average, autocorrelation, kl)
         model, cost = metered(model)
-        trajectory = invert(model, Guidance(source, negative, cfg), samples, sigmas, refinement)
+        trajectory = invert(model, Guidance(source, negative, cfg), samples, sigmas, refinement, SOLVERS[solver])
         return tell(cls, trajectory, *noise_and_sigmas_of(model, trajectory), ui=spent(cost, trajectory))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..host.cost import metered
+from ..host.sampler import told_mismatch
 from ..inversion.run import Guidance, resample
 from . import sockets
 from .telling import HIDDEN, tell
@@ -59,8 +60,9 @@ class EditSampler(io.ComfyNode):
                     "sampler",
                     optional=True,
                     tooltip=(
-                        "That of Edit Friendly Inversion or EDICT Inversion, or another that adds no noise. Not "
-                        "connected: euler."
+                        "That of Edit Friendly, EDICT or OBELM Inversion, or another that adds no noise. Not "
+                        "connected: the one that the image was inverted for, euler unless DDIM Inversion's solver says "
+                        "dpmpp_2m."
                     ),
                 ),
             ],
@@ -76,5 +78,6 @@ class EditSampler(io.ComfyNode):
         guidance = Guidance(positive, trajectory.conditioning if negative is None else negative, cfg)
         model, cost = metered(model)
         samples = resample(model, trajectory, guidance, sampler)
-        told = ui.PreviewText(f"{cost.told}.")
+        mismatch = None if sampler is None else told_mismatch(sampler, trajectory)
+        told = ui.PreviewText(" ".join(filter(None, (f"{cost.told}.", mismatch))))
         return tell(cls, {"samples": samples}, vae.decode(samples), ui=told)

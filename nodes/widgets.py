@@ -10,7 +10,7 @@ from torch import Tensor
 from ..host.cost import Cost
 from ..host.model import noise_latent
 from ..host.refusals import check_no_mask
-from ..host.trajectory import Trajectory
+from ..host.trajectory import EULER, Trajectory
 from . import files
 
 GREY_LEVEL = 1 / 255
@@ -109,8 +109,12 @@ def noise_and_sigmas_of(model: ModelPatcher, trajectory: Trajectory) -> tuple[di
 
 
 def spent(cost: Cost, trajectory: Trajectory) -> ui.PreviewText:
-    """What a node's runs cost and how large what they made is, for the frontend to show under the node."""
-    return ui.PreviewText(f"{cost.told}; trajectory {trajectory.bytes / 2**20:,.1f} MB.")
+    """What a node's runs cost and how large what they made is, for the frontend to show under the node.
+
+    Also which sampler that was inverted for, where it is not the usual one.
+    """
+    fit = "" if trajectory.sampler == EULER else f" Sampler: {trajectory.sampler}."
+    return ui.PreviewText(f"{cost.told}; trajectory {trajectory.bytes / 2**20:,.1f} MB.{fit}")
 
 
 def drawn(mask: Tensor) -> Tensor:

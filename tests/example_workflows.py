@@ -21,6 +21,7 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "masactrl-edit",
     "negative-prompt-inversion",
     "null-text",
+    "obelm",
     "pix2pix-zero",
     "pnp-translate",
     "several-targets",

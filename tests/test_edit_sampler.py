@@ -24,9 +24,9 @@ from palimpsest.host.negatives import attach_mixture
 from palimpsest.host.source import attach, attach_blend
 from palimpsest.host.trajectory import Trajectory
 from palimpsest.inversion.null_text import Settings, null_text
-from palimpsest.inversion.replay import invert_edict, invert_edit_friendly
+from palimpsest.inversion.replay import invert_edict, invert_edit_friendly, invert_obelm
 from palimpsest.inversion.run import Guidance, invert, resample
-from palimpsest.nodes.exact import EDICTInversion, EditFriendlyInversion
+from palimpsest.nodes.exact import EDICTInversion, EditFriendlyInversion, OBELMInversion
 from palimpsest.nodes.inversion import DDIMInversion
 from palimpsest.nodes.p2p import P2PAttentionController
 from palimpsest.nodes.prompt import PromptEdit
@@ -109,6 +109,7 @@ def test_takes_the_samplers_of_exact_inversions(tiny: Tiny) -> None:
     for trajectory, sampler in (
         invert_edict(tiny.model, source, tiny.image, tiny.sigmas, 0.93),
         invert_edit_friendly(tiny.model, source, tiny.image, tiny.sigmas, 1.0, 0),
+        invert_obelm(tiny.model, source, tiny.image, tiny.sigmas),
     ):
         back = resample(tiny.model, trajectory, source, sampler)
         assert (back - tiny.image).norm() < 1e-4 * tiny.image.norm()
@@ -190,7 +191,7 @@ def test_the_node_through_a_whole_edit(demo: tuple) -> None:
     assert not torch.equal(result["samples"], expected)
 
 
-@pytest.mark.parametrize("node", [DDIMInversion, EDICTInversion, EditFriendlyInversion])
+@pytest.mark.parametrize("node", [DDIMInversion, EDICTInversion, EditFriendlyInversion, OBELMInversion])
 def test_an_image_without_a_vae_is_refused(tiny: Tiny, node) -> None:
     with pytest.raises(ValueError, match="Inversion was given an image but no vae: connect vae, or VAE Encode"):
         execute(node, model=tiny.model, source=tiny.source, image=torch.zeros(1, 64, 64, 3))

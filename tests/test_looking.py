@@ -18,7 +18,7 @@ from palimpsest.attention.local_blend import LocalBlend
 from palimpsest.attention.word_pairs import Pair, told, word_pairs
 from palimpsest.host.live import PAUSE, SHARE, Live
 from palimpsest.host.source import attach_blend
-from palimpsest.nodes.exact import EDICTInversion, EditFriendlyInversion
+from palimpsest.nodes.exact import EDICTInversion, EditFriendlyInversion, OBELMInversion
 from palimpsest.nodes.inversion import DDIMInversion, RecordTrajectory
 from palimpsest.nodes.null_text import NullTextInversion
 from palimpsest.nodes.store import RecordAttention
@@ -167,6 +167,7 @@ def test_inversion_says_what_it_cost(tiny: Tiny) -> None:
         (DDIMInversion, {}),
         (EditFriendlyInversion, {"skip": 0.0}),
         (EDICTInversion, {"strength": 1.0}),
+        (OBELMInversion, {"strength": 1.0}),
     ):
         *_, rows = cost_of(node, tiny, **image, **guided, **more)
         assert sum(rows) >= 8

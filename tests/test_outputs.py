@@ -92,6 +92,7 @@ def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, folders: None) ->
     run("EditFriendlyInversion", model=model, source=source, image=image, steps=2, cfg=1.0, skip=0.0)
     run("VirtualInversion", model=model, source=source, image={**image, "noise_mask": torch.ones(1, 1, 8, 8)})
     run("EDICTInversion", model=model, source=source, image=image, steps=2, cfg=1.0, strength=1.0)
+    run("OBELMInversion", model=model, source=source, image=image, steps=2, strength=1.0)
     euler = comfy.samplers.sampler_object("euler")
     made = {"positive": source, "negative": tiny.negative, "sampler": euler, "sigmas": sigmas, "latent_image": image}
     run("RecordTrajectory", model=model, **made)

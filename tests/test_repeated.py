@@ -21,7 +21,7 @@ from palimpsest.host.refusals import check_same_model, check_whole_schedule
 from palimpsest.host.source import attach, attach_blend
 from palimpsest.inversion.ddim import leading_sigmas
 from palimpsest.inversion.null_text import Settings, null_text
-from palimpsest.inversion.replay import invert_edict, invert_edit_friendly
+from palimpsest.inversion.replay import invert_edict, invert_edit_friendly, invert_obelm
 from palimpsest.inversion.run import Guidance, invert, record
 from test_ddim import relative
 from test_local_blend import blend
@@ -51,6 +51,10 @@ def edit_friendly(tiny: Tiny, model: ModelPatcher) -> tuple:
     return invert_edit_friendly(model, guidance(tiny), tiny.image, tiny.sigmas, 1.0, 0)
 
 
+def o_belm(tiny: Tiny, model: ModelPatcher) -> tuple:
+    return invert_obelm(model, guidance(tiny), tiny.image, tiny.sigmas)
+
+
 def recorded(tiny: Tiny, model: ModelPatcher) -> tuple:
     euler, noise = comfy.samplers.sampler_object("euler"), torch.randn_like(tiny.noise)
     return record(model, guidance(tiny), euler, tiny.sigmas, noise, torch.zeros_like(noise), 0)
@@ -64,7 +68,12 @@ def optimised(tiny: Tiny, model: ModelPatcher) -> tuple:
     return null_text(model, tiny.trajectory, EMPTY, Settings(cfg=3.0, inner_steps=1), False)
 
 
-EXACT = {"EDICT Inversion": edict, "Edit Friendly Inversion": edit_friendly, "Null Text Inversion": optimised}
+EXACT = {
+    "EDICT Inversion": edict,
+    "Edit Friendly Inversion": edit_friendly,
+    "OBELM Inversion": o_belm,
+    "Null Text Inversion": optimised,
+}
 Make = Callable[[Tiny, ModelPatcher], tuple]
 
 
@@ -74,7 +83,7 @@ def test_exact_inversions_refuse_what_is_drawn_at_random(tiny: Tiny, node: str) 
         EXACT[node](tiny, merging(tiny.model))
 
 
-@pytest.mark.parametrize("make", [edict, edit_friendly])
+@pytest.mark.parametrize("make", [edict, edit_friendly, o_belm])
 def test_their_samplers_refuse_it_as_well(tiny: Tiny, make: Make) -> None:
     """At the price of one call; without Token Merging the image comes back."""
     model, rows = rows_of(tiny.model)
@@ -83,7 +92,8 @@ def test_their_samplers_refuse_it_as_well(tiny: Tiny, make: Make) -> None:
     run = {"sampler": sampler, "noise": tiny.model.model.process_latent_out(trajectory.states[0]), "cfg": 3.0}
     assert relative(tiny.sample(model, tiny.source, **run), tiny.image) < 1e-6
     each = trajectory.steps * (2 if make is edict else 1)
-    assert (calls, len(rows) - calls) == (each + 2, each + 1)  # an inversion makes sure of unmixed prompts too
+    kept = 1 if make is o_belm else 0  # where its first step leads, the inversion knows
+    assert (calls, len(rows) - calls) == (each + 2, each + 1 - kept)  # an inversion makes sure of unmixed prompts too
     with pytest.raises(ValueError, match="The sampler of .* needs a MODEL that repeats its answers"):
         tiny.sample(merging(tiny.model), **run)
 
@@ -95,7 +105,7 @@ def test_edits_and_recordings_run_beside_it(tiny: Tiny) -> None:
     assert torch.isfinite(tiny.sample(edited)).all()
 
 
-@pytest.mark.parametrize("make", [ddim, edict, edit_friendly, recorded, optimised])
+@pytest.mark.parametrize("make", [ddim, edict, edit_friendly, o_belm, recorded, optimised])
 def test_what_mixes_prompts_leaves_no_trajectory(tiny: Tiny, make: Make) -> None:
     """An edit would not find the source's attention again: a recorded run, edited to itself, was 0.19 off."""
     with pytest.raises(ValueError, match="mixes what the prompts of a call attend to, .* an edit runs the source's"):

@@ -26,7 +26,7 @@ from palimpsest.host.guided import attach_rule
 from palimpsest.host.negatives import attach_mixture
 from palimpsest.host.source import attach, attach_blend
 from palimpsest.inversion.null_text import Settings, null_text
-from palimpsest.inversion.replay import invert_edict, invert_edit_friendly
+from palimpsest.inversion.replay import invert_edict, invert_edit_friendly, invert_obelm
 from palimpsest.inversion.run import Guidance, invert, record
 from test_composition import TOKENS, blend, close, controlnet, edit, stored
 from test_source import split
@@ -257,12 +257,20 @@ def edit_friendly(model: ModelPatcher, sampled: ModelPatcher, tiny: Tiny) -> Non
     tiny.sample(sampled, sampler=sampler, noise=noise)
 
 
+def o_belm(model: ModelPatcher, sampled: ModelPatcher, tiny: Tiny) -> None:
+    trajectory, sampler = invert_obelm(model, Guidance(tiny.source, tiny.negative, 3.0), tiny.image, tiny.sigmas)
+    noise = tiny.model.model.process_latent_out(trajectory.states[0])
+    tiny.sample(sampled, sampler=sampler, noise=noise)
+
+
 NEEDING: dict[str, Callable[[ModelPatcher, Tiny], object]] = {
     "DDIM Inversion": lambda model, tiny: invert(model, Guidance(tiny.source, None, 1.0), tiny.image, tiny.sigmas),
     "Edit Friendly Inversion": lambda model, tiny: edit_friendly(model, tiny.model, tiny),
     "The sampler of Edit Friendly Inversion": lambda model, tiny: edit_friendly(tiny.model, model, tiny),
     "EDICT Inversion": lambda model, tiny: edict(model, tiny.model, tiny),
     "The sampler of EDICT Inversion": lambda model, tiny: edict(tiny.model, model, tiny),
+    "OBELM Inversion": lambda model, tiny: o_belm(model, tiny.model, tiny),
+    "The sampler of OBELM Inversion": lambda model, tiny: o_belm(tiny.model, model, tiny),
     "Record Attention": stored,
     "Record Trajectory": lambda model, tiny: record(
         model, Guidance(tiny.source, None, 1.0), sampler_object("euler"), tiny.sigmas, tiny.noise, tiny.noise, 0

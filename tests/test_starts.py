@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from comfy_extras.nodes_custom_sampler import DisableNoise, RandomNoise, SamplerCustom, SamplerCustomAdvanced
 from torch import Tensor
 
-from palimpsest.nodes.exact import EDICTInversion, EditFriendlyInversion
+from palimpsest.nodes.exact import EDICTInversion, EditFriendlyInversion, OBELMInversion
 from palimpsest.nodes.inversion import DDIMInversion, RecordTrajectory
 from palimpsest.nodes.p2p import P2PAttentionController
 from test_alignment import edit_of
@@ -131,7 +131,9 @@ def test_what_cannot_fit_is_told_what_to_do(edit: Edit, case: str) -> None:
         run(edit)
 
 
-@pytest.mark.parametrize("node", [DDIMInversion, EditFriendlyInversion, EDICTInversion, RecordTrajectory])
+@pytest.mark.parametrize(
+    "node", [DDIMInversion, EditFriendlyInversion, EDICTInversion, OBELMInversion, RecordTrajectory]
+)
 def test_a_noise_mask_is_not_dropped_without_a_word(edit: Edit, node: type[io.ComfyNode]) -> None:
     masked = {**edit.image, "noise_mask": torch.zeros(1, 64, 64)}
     parts = {"model": edit.tiny.model, "source": edit.target, "image": masked, "negative": edit.prompts[1], "steps": 4}
