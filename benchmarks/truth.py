@@ -45,14 +45,14 @@ from ..host.guide import attach_guide
 from ..host.guided import attach_rule
 from ..host.model import noise_latent
 from ..host.source import attach, attach_blend
-from ..host.trajectory import Trajectory
+from ..host.trajectory import DPMPP_2M, Trajectory
 from ..host.unet import decoder_from_second, last_layers
 from ..inversion.diffedit import Settings as Differences
 from ..inversion.diffedit import difference_mask
 from ..inversion.null_text import Settings as NullText
 from ..inversion.null_text import null_text
-from ..inversion.replay import invert_edict, invert_edit_friendly
-from ..inversion.run import Guidance, Refinement, as_trajectory, ddim_sigmas, invert, record, resample
+from ..inversion.replay import invert_edict, invert_edit_friendly, invert_obelm
+from ..inversion.run import Guidance, Refinement, as_trajectory, ddim_sigmas, invert, karras_sigmas, record, resample
 from .edits import directed, encode, errors, local_blend, prompt_edit, prompt_to_prompt
 from .picture import decode
 
@@ -138,6 +138,11 @@ def ddim(batch: Batch) -> Inverted:
     return Inverted(invert(batch.model, Guidance(batch.source), batch.latent, batch.sigmas), batch.negative, euler())
 
 
+def second_order(batch: Batch) -> Inverted:
+    trajectory = invert(batch.model, Guidance(batch.source), batch.latent, batch.sigmas, solver=DPMPP_2M)
+    return Inverted(trajectory, batch.negative, comfy.samplers.sampler_object(DPMPP_2M))
+
+
 def drifting(batch: Batch) -> Inverted:
     noise = noise_latent(batch.model, batch.inverted(DDIM)[0].trajectory)
     guidance = Guidance(batch.source, batch.negative, batch.cfg)
@@ -175,6 +180,13 @@ def edit_friendly(batch: Batch) -> Inverted:
 def edict(batch: Batch) -> Inverted:
     sigmas, guidance = batch.sigmas[round(0.2 * batch.arguments.steps) :], Guidance(batch.source)
     trajectory, sampler = invert_edict(batch.model, guidance, batch.latent, sigmas, 0.93)
+    return Inverted(trajectory, batch.negative, sampler)
+
+
+def o_belm(batch: Batch) -> Inverted:
+    steps = batch.arguments.steps
+    sigmas = karras_sigmas(batch.model, steps)[round(0.2 * steps) :]
+    trajectory, sampler = invert_obelm(batch.model, Guidance(batch.source), batch.latent, sigmas)
     return Inverted(trajectory, batch.negative, sampler)
 
 
@@ -279,6 +291,8 @@ INVERSIONS: dict[str, Callable[[Batch], Inverted]] = {
     NULL_TEXT: null_texts,
     "edit friendly": edit_friendly,
     "EDICT": edict,
+    "second order": second_order,
+    "O-BELM": o_belm,
 }
 EDITORS: dict[str, Callable[[Batch, Inverted], tuple[ModelPatcher, list]]] = {
     "naive": naive,

@@ -12,7 +12,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy.sample import prepare_noise
-from comfy.samplers import CFGGuider, Sampler, sampler_object
+from comfy.samplers import CFGGuider, Sampler, calculate_sigmas, sampler_object
 from torch import Tensor
 
 from ..host.alone import Conds, mixes_prompts
@@ -227,6 +227,12 @@ def sample(
 def ddim_sigmas(model: ModelPatcher, steps: int) -> Tensor:
     """The schedule of the papers and of diffusers: [steps + 1] falling sigmas of the model's own table."""
     return leading_sigmas(model.get_model_object("model_sampling").sigmas.cpu(), steps)
+
+
+def karras_sigmas(model: ModelPatcher, steps: int) -> Tensor:
+    """[steps + 1] falling sigmas whose steps grow evenly, from the model's largest to its smallest, which is not 0."""
+    model_sampling = model.get_model_object("model_sampling")
+    return calculate_sigmas(model_sampling, "karras", steps + 1)[:-1].cpu()
 
 
 def resample(model: ModelPatcher, trajectory: Trajectory, guidance: Guidance, sampler: Sampler | None = None) -> Tensor:

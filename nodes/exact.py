@@ -10,7 +10,7 @@ from torch import Tensor
 from ..host.cost import Cost, metered
 from ..host.trajectory import Trajectory
 from ..inversion.replay import invert_edict, invert_edit_friendly, invert_obelm
-from ..inversion.run import Guidance, ddim_sigmas
+from ..inversion.run import Guidance, ddim_sigmas, karras_sigmas
 from . import sockets
 from .telling import HIDDEN, tell
 from .widgets import (
@@ -191,8 +191,7 @@ class OBELMInversion(io.ComfyNode):
                 f"OBELM Inversion needs two steps at least, but runs {run} of {steps} at strength {strength:g}: raise "
                 "strength, or steps."
             )
-        model_sampling = model.get_model_object("model_sampling")
-        sigmas = comfy.samplers.calculate_sigmas(model_sampling, "karras", steps + 1)[steps - run : -1].cpu()
+        sigmas = karras_sigmas(model, steps)[steps - run :]
         guidance = Guidance(source, negative, cfg)
         model, cost = metered(model)
         return answer(cls, model, cost, *invert_obelm(model, guidance, samples, sigmas))
