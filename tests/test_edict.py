@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfy.model_base import ModelType
 from torch import Tensor
 
 from palimpsest.attention.record import Recording, record_attention
@@ -15,10 +14,10 @@ from palimpsest.inversion.replay import EDICTSampler, invert_edict
 from palimpsest.inversion.run import Guidance, record
 from palimpsest.nodes.exact import EDICTInversion
 from test_ddim import TABLE, relative
-from test_edit_friendly import IMAGE, INJECTION, network
+from test_edit_friendly import IMAGE, network
 from test_local_blend import blend
-from test_source import ALWAYS, NEVER, split, swap
-from tiny import Tiny, execute, rows_of, tiny_model
+from test_source import ALWAYS, swap
+from tiny import Tiny, execute, rows_of
 
 
 def noise(x: Tensor, sigma: float) -> Tensor:
@@ -67,57 +66,8 @@ def test_steps_equal_the_formulas() -> None:
 def inverted(tiny: Tiny, cfg: float = 3.0) -> EDICTSampler:
     guidance = Guidance(tiny.source, tiny.negative, cfg)
     trajectory, sampler = invert_edict(tiny.model, guidance, tiny.image, tiny.sigmas[1:], 0.93)
-    tiny.trajectory, tiny.sigmas = trajectory, trajectory.sigmas
-    tiny.noise = tiny.model.model.process_latent_out(trajectory.states[0])
+    tiny.follow(trajectory)
     return sampler
-
-
-@pytest.mark.parametrize("kind", [ModelType.EPS, ModelType.V_PREDICTION])
-@pytest.mark.parametrize("steps", [8, 9])
-def test_the_image_comes_back(kind: ModelType, steps: int) -> None:
-    """To fp32 rounding, at the guidance of the inversion, where DDIM inversion fails; another prompt edits it."""
-    tiny = Tiny(steps=steps, batch=2, model=tiny_model(kind))
-    sampler = inverted(tiny)
-    same = tiny.sample(tiny.model, tiny.source, cfg=3.0, sampler=sampler)
-    assert relative(same, tiny.image) < 1e-6
-    assert torch.equal(tiny.sample(tiny.model, tiny.source, cfg=3.0, sampler=sampler), same)
-    assert relative(tiny.sample(tiny.model, tiny.target, cfg=3.0, sampler=sampler), tiny.image) > 1e-2
-    assert torch.equal(tiny.trajectory.states[-1], tiny.model.model.process_latent_in(tiny.image))
-
-
-def test_a_batch_equals_its_images() -> None:
-    both = Tiny(batch=2)
-    sampler = inverted(both)
-    for i in range(2):
-        alone = Tiny()
-        alone.image = both.image[i : i + 1]
-        own = inverted(alone)
-        assert relative(both.trajectory.states[:, i : i + 1], alone.trajectory.states) < 1e-4
-        result = both.sample(both.model, sampler=sampler)[i : i + 1]
-        assert relative(result, alone.sample(alone.model, sampler=own)) < 1e-3
-
-
-@pytest.mark.parametrize("no_memory", [False, True])
-@pytest.mark.parametrize("cfg", [1.0, 3.0])
-def test_edits_of_nothing_keep_the_image(
-    tiny: Tiny, cfg: float, no_memory: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The source is what the network saw of it, two states a step; features are read by the negative row as well."""
-    sampler = inverted(tiny, cfg)
-    if no_memory:
-        split(monkeypatch, tiny)
-    for edit in (swap(target=tiny.source[0][0]), INJECTION) if cfg == 1 else (swap(target=tiny.source[0][0]),):
-        model = attach(tiny.model, tiny.trajectory, edit)
-        assert relative(tiny.sample(model, tiny.source, cfg=cfg, sampler=sampler), tiny.image) < 1e-4
-
-
-def test_edits_read_from_it(tiny: Tiny) -> None:
-    sampler = inverted(tiny)
-    plain = tiny.sample(tiny.model, sampler=sampler)
-    for edit in (swap(), INJECTION):
-        assert relative(tiny.sample(attach(tiny.model, tiny.trajectory, edit), sampler=sampler), plain) > 1e-2
-    off = attach(tiny.model, tiny.trajectory, swap(cross=NEVER, self_=NEVER))
-    assert torch.equal(tiny.sample(off, sampler=sampler), plain)
 
 
 def test_rows_a_call(tiny: Tiny) -> None:

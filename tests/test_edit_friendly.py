@@ -93,8 +93,7 @@ def test_states_have_independent_noise() -> None:
 def inverted(tiny: Tiny, seed: int = 0, cfg: float = 3.5, eta: float = 1.0) -> EditFriendlySampler:
     guidance = Guidance(tiny.source, tiny.negative, cfg)
     trajectory, sampler = invert_edit_friendly(tiny.model, guidance, tiny.image, tiny.sigmas[1:], eta, seed)
-    tiny.trajectory, tiny.sigmas = trajectory, trajectory.sigmas
-    tiny.noise = tiny.model.model.process_latent_out(trajectory.states[0])
+    tiny.follow(trajectory)
     return sampler
 
 

@@ -18,6 +18,7 @@ from comfy.samplers import Sampler
 from comfy_api.latest import io
 from torch import Tensor
 
+from palimpsest.host.trajectory import Trajectory
 from palimpsest.inversion.ddim import leading_sigmas
 from palimpsest.inversion.run import Guidance, invert
 
@@ -107,8 +108,12 @@ class Tiny:
     def __post_init__(self) -> None:
         self.image = torch.randn(self.batch, 4, 8, 8, generator=torch.Generator().manual_seed(4)) * 5
         self.sigmas = leading_sigmas(self.model.get_model_object("model_sampling").sigmas, self.steps)
-        self.trajectory = invert(self.model, Guidance(self.source, None, 1.0), self.image, self.sigmas)
-        self.noise = self.model.model.process_latent_out(self.trajectory.states[0])
+        self.follow(invert(self.model, Guidance(self.source, None, 1.0), self.image, self.sigmas))
+
+    def follow(self, trajectory: Trajectory) -> None:
+        """Sample from its noise along its sigmas from now on."""
+        self.trajectory, self.sigmas = trajectory, trajectory.sigmas
+        self.noise = self.model.model.process_latent_out(trajectory.states[0])
 
     def sample(
         self, model, positive=None, negative=None, cfg: float = 4.0, sampler: str | Sampler = "euler", **changes
