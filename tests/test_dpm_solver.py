@@ -101,8 +101,7 @@ def test_inversion_equals_diffusers_inverse_scheduler(prediction: str, kind: Mod
 def inverted(tiny: Tiny) -> Tiny:
     """The same with a trajectory for dpmpp_2m."""
     guidance = Guidance(tiny.source, None, 1.0)
-    tiny.trajectory = invert(tiny.model, guidance, tiny.image, tiny.sigmas, solver=DPMPP_2M)
-    tiny.noise = tiny.model.model.process_latent_out(tiny.trajectory.states[0])
+    tiny.follow(invert(tiny.model, guidance, tiny.image, tiny.sigmas, solver=DPMPP_2M))
     return tiny
 
 

@@ -17,7 +17,7 @@ from palimpsest.inversion.run import Guidance, record
 from palimpsest.nodes.exact import EditFriendlyInversion
 from test_ddim import TABLE, relative
 from test_local_blend import blend
-from test_source import NEVER, swap
+from test_source import swap
 from tiny import Tiny, conditioning, execute, rows_of, tiny_model
 
 SIGMAS = leading_sigmas(TABLE, 20).double()
@@ -135,15 +135,6 @@ def test_edits_of_nothing_keep_the_image(tiny: Tiny, cfg: float) -> None:
         model, rows = rows_of(attach(tiny.model, tiny.trajectory, edit))
         assert relative(tiny.sample(model, tiny.source, cfg=cfg, sampler=sampler), tiny.image) < 1e-4
         assert rows[0] == (2 if cfg == 1 else 3)
-
-
-def test_edits_read_from_it(tiny: Tiny) -> None:
-    sampler = inverted(tiny)
-    plain = tiny.sample(tiny.model, sampler=sampler)
-    for edit in (swap(), INJECTION):
-        assert relative(tiny.sample(attach(tiny.model, tiny.trajectory, edit), sampler=sampler), plain) > 1e-2
-    off = attach(tiny.model, tiny.trajectory, swap(cross=NEVER, self_=NEVER))
-    assert torch.equal(tiny.sample(off, sampler=sampler), plain)
 
 
 def test_local_blend_keeps_the_source(tiny: Tiny) -> None:

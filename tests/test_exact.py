@@ -1,4 +1,4 @@
-"""EDICT and O-BELM alike: the image comes back through the host, and edits read from their trajectories."""
+"""Exact inversions alike: the image comes back through the host, and edits read from their trajectories."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from palimpsest.host.source import attach
 from test_ddim import relative
 from test_edict import inverted as by_edict
 from test_edit_friendly import INJECTION
+from test_edit_friendly import inverted as by_edit_friendly
 from test_obelm import inverted as by_obelm
 from test_source import NEVER, split, swap
 from tiny import Tiny, tiny_model
@@ -63,7 +64,7 @@ def test_edits_of_nothing_keep_the_image(
         assert relative(tiny.sample(model, tiny.source, cfg=cfg, sampler=sampler), tiny.image) < 1e-4
 
 
-@EXACT
+@pytest.mark.parametrize("inverted", [by_edict, by_edit_friendly, by_obelm], ids=["edict", "edit friendly", "obelm"])
 def test_edits_read_from_it(tiny: Tiny, inverted: Inverted) -> None:
     sampler = inverted(tiny)
     plain = tiny.sample(tiny.model, sampler=sampler)

@@ -126,7 +126,7 @@ def test_the_node_runs_a_part_and_refuses_in_a_sentence(tiny: Tiny) -> None:
         execute(OBELMInversion, **parts, steps=10, strength=0.14)
     with pytest.raises(ValueError, match="OBELM Inversion at cfg 3 needs the negative input"):
         execute(OBELMInversion, **parts, steps=10, cfg=3.0)
-    tiny.trajectory, tiny.sigmas, tiny.noise = trajectory, sigmas, noise_["samples"]
+    tiny.follow(trajectory)
     with pytest.raises(ValueError, match="The sampler of OBELM Inversion runs 8 steps from sigma"):
         tiny.sample(tiny.model, sampler=sampler, sigmas=sigmas[:-1])
 
