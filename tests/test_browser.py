@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from browser import Page
-from example_workflows import COMPARER, WITHOUT_DOWNLOAD, api_form, overlaps, ui_form
+from example_workflows import COMPARER, FIRST, WITHOUT_DOWNLOAD, api_form, overlaps, ui_form
 from host_server import HostServer, Prompt, Run
 
 RUN_BUTTON = "[data-testid=queue-button]"
@@ -24,6 +24,13 @@ HARMLESS = (
     "Error loading core workflow templates",
     "Error loading fuse options",
 )
+
+DROP = """(async () => {
+    const picture = await fetch('/extensions/palimpsest/pictures/%s.png').then(answer => answer.blob())
+    const dataTransfer = new DataTransfer()
+    dataTransfer.items.add(new File([picture], 'picture.png', {type: 'image/png'}))
+    document.dispatchEvent(new DragEvent('drop', {dataTransfer, bubbles: true, cancelable: true}))
+})()"""
 
 
 def open_template(page: Page, server: HostServer, name: str) -> None:
@@ -63,6 +70,13 @@ def run_since(server: HostServer, before: dict) -> Run:
         time.sleep(0.2)
     (prompt_id,) = new
     return server.finished(prompt_id)
+
+
+def test_the_readmes_first_picture_opens_its_workflow_where_it_is_dropped(page: Page, server: HostServer) -> None:
+    open_template(page, server, "several-targets")
+    page.evaluate(DROP % FIRST)
+    page.wait_for(f"({NODES}).length === {len(ui_form(FIRST)['nodes'])} && {SETTLED}")
+    assert converted(page) == api_form(FIRST)
 
 
 @pytest.mark.parametrize(
