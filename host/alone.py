@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from comfy.conds import CONDCrossAttn
 from torch import Tensor
 
 Conds = Sequence[Sequence[dict] | None]
@@ -36,4 +35,4 @@ def mixes_prompts(ask: Ask, conds: Conds, at: int, x: Tensor, answer: Tensor) ->
 def _changed(entry: dict) -> dict:
     """A prompt of the same shape."""
     crossattn = entry["model_conds"]["c_crossattn"]
-    return {**entry, "model_conds": {**entry["model_conds"], "c_crossattn": CONDCrossAttn(crossattn.cond.flip(-1))}}
+    return {**entry, "model_conds": {**entry["model_conds"], "c_crossattn": type(crossattn)(crossattn.cond.flip(-1))}}

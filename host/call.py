@@ -54,6 +54,7 @@ class Call:
     present: list[int]  # the index of every entry that runs at all
     tokens: tuple[int, int]  # of the source's and of the target's prompt, before the host tiles them
     word_maps: WordMaps | None
+    beside: int | None = None  # the negative prompt at the source's state, where that guides the source's prediction
     kept: dict[Layer, Inputs] = field(default_factory=dict)  # of the source, from the store or from its own row
     ran: set[int] = field(default_factory=set)  # the chunks that the UNet was run for: another node may leave them out
 
@@ -116,6 +117,16 @@ class Call:
         results |= zip(readers, joined.chunk(len(readers)), strict=True)
         return torch.cat([results[at] for at in range(len(chunks))])
 
+    @property
+    def reads(self) -> bool:
+        """Whether anything inside the network is read or measured."""
+        return bool(self.rules) or self.word_maps is not None
+
+    @property
+    def at_source(self) -> set[int | None]:
+        """The indices of what runs at the source's state."""
+        return {index for index in (self.source, self.beside) if index is not None}
+
     def rule(self, layer: Layer) -> Rule | None:
         """The one edit that replaces this layer, if any."""
         rules = [rule for rule in self.rules if rule.wants(layer)]
@@ -129,7 +140,9 @@ class Call:
     def readers(self, rule: Rule, chunks: Sequence[int]) -> list[int]:
         """The places of the chunks that read from the source."""
         return [
-            at for at, index in enumerate(chunks) if index == self.target or (rule.everyone and index != self.source)
+            at
+            for at, index in enumerate(chunks)
+            if index == self.target or (rule.everyone and index not in self.at_source)
         ]
 
     def awaited(self, rule: Rule, chunks: list[int]) -> bool:

@@ -6,24 +6,59 @@ from collections.abc import Callable
 
 import comfy.model_sampling as sampling
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from .trajectory import ModelIdentity, Trajectory
 from .weights import sampled_weights
 
+FLOW = "flow"
+
 
 def prediction_type(model: ModelPatcher) -> str:
-    """ "eps" or "v". Raises ValueError for models that predict anything else."""
+    """ "eps", "v" or "flow". Raises ValueError for models that predict anything else."""
     model_sampling = model.get_model_object("model_sampling")
+    if isinstance(model_sampling, sampling.CONST) and not isinstance(model_sampling, sampling.IMG_TO_IMG_FLOW):
+        return FLOW
     other = (sampling.CONST, sampling.EDM, sampling.X0)
     if isinstance(model_sampling, other) or not isinstance(model_sampling, sampling.EPS):
         kind = type(model.model).__name__
         raise ValueError(
-            f"This MODEL ({kind}) predicts neither noise (eps) nor v, so no inversion here fits it: "
-            "load an SD1.x, SD2.x or SDXL checkpoint, and remove nodes that change its sampling."
+            f"This MODEL ({kind}) predicts neither noise (eps), v nor a flow, so no inversion here fits it: "
+            "load an SD1.x, SD2.x, SDXL, Flux or other flow checkpoint, and remove nodes that change its sampling."
         )
     return "v" if isinstance(model_sampling, sampling.V_PREDICTION) else "eps"
+
+
+def is_unet(model: ModelPatcher) -> bool:
+    return isinstance(model.model.diffusion_model, UNetModel)
+
+
+def is_flow(model: ModelPatcher) -> bool:
+    """Whether x at sigma is (1 - sigma) image + sigma noise. Raises ValueError as `prediction_type`."""
+    return prediction_type(model) == FLOW
+
+
+def check_noise_predicted(model: ModelPatcher, node: str) -> None:
+    """Raises ValueError for models that predict a flow, where `node` knows noise alone."""
+    if is_flow(model):
+        raise ValueError(
+            f"{node} is for models that predict noise or v, as SD1.x, SD2.x and SDXL do, but this MODEL "
+            f"({type(model.model).__name__}) predicts a flow: use Flow Edit, Virtual Inversion or DDIM Inversion."
+        )
+
+
+def fitting(model: ModelPatcher, samples: Tensor) -> Tensor:
+    """Image latents [b, c, h, w] with the time that the model's have, as the host's samplers make them."""
+    dimensions = model.get_model_object("latent_format").latent_dimensions
+    return samples.unsqueeze(2) if dimensions == 3 and samples.ndim == 4 else samples
+
+
+def noised(model: ModelPatcher, image: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """The latent at `sigma` of an image [b, c, (t,) h, w] under `noise`, all in sampler space."""
+    sigmas = torch.full((len(noise),), sigma).to(noise)
+    return model.get_model_object("model_sampling").noise_scaling(sigmas, noise.clone(), image)
 
 
 def sampling_of(model: ModelPatcher) -> str:
@@ -49,6 +84,21 @@ def add_outermost(model: ModelPatcher, kind: str, key: str, wrapper: Callable, w
     model.wrappers[kind] = {**outer, **wrappers}
 
 
-def noise_latent(model: ModelPatcher, trajectory: Trajectory) -> Tensor:
-    """[b, c, h, w] where the trajectory starts, as the latent that a sampler without added noise begins at."""
-    return model.model.process_latent_out(trajectory.states[0])
+def noise_latent(model: ModelPatcher, trajectory: Trajectory, index: int = 0) -> Tensor:
+    """[b, c, (t,) h, w]: a state of the trajectory, the first unless told, as a sampler without added noise takes it.
+
+    At a flow's sigma 1 there is none, as a sampler multiplies its latent by 0: the state itself, for `start_of`.
+    """
+    state, sigma = trajectory.states[index], trajectory.sigmas[index : index + 1]
+    if is_flow(model) and sigma < 1:
+        state = model.get_model_object("model_sampling").inverse_noise_scaling(sigma, state)
+    return model.model.process_latent_out(state)
+
+
+def start_of(model: ModelPatcher, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
+    """Noise and latent [b, c, (t,) h, w] by which the host's samplers begin at the trajectory's first state."""
+    if not is_flow(model):
+        samples = noise_latent(model, trajectory)
+        return torch.zeros_like(samples), samples
+    scale = float(trajectory.sigmas[0]) * getattr(model.get_model_object("model_sampling"), "noise_scale", 1.0)
+    return trajectory.states[0] / scale, torch.zeros_like(trajectory.states[0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
@@ -15,7 +14,7 @@ from torch import Tensor
 from .alone import ALIKE, apart
 from .conditioning import SEED
 from .layer import Layer
-from .model import identity
+from .model import identity, is_flow, is_unet
 from .sampler import OwnSampler, Run, function_name, settings
 from .shortcuts import cache_on
 from .trajectory import Trajectory
@@ -48,7 +47,7 @@ GUIDING = (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH)
 
 def check_unet(model: ModelPatcher) -> None:
     """Raises ValueError for models whose attention layers the edits do not reach."""
-    if not isinstance(model.model.diffusion_model, UNetModel):
+    if not is_unet(model):
         kind = type(model.model.diffusion_model).__name__
         raise ValueError(f"This MODEL ({kind}) is no UNet, but edits read attention layers of SD1.x, SD2.x or SDXL.")
 
@@ -71,8 +70,9 @@ def check_same_model(model: ModelPatcher, trajectory: Trajectory) -> None:
 
 def check_latent(model: ModelPatcher, samples: Tensor) -> None:
     """Raises ValueError where a latent cannot be this model's image latent."""
-    channels = model.get_model_object("latent_format").latent_channels
-    if samples.ndim != 4 or samples.shape[1] != channels:
+    latent_format = model.get_model_object("latent_format")
+    channels = latent_format.latent_channels
+    if samples.ndim != 2 + latent_format.latent_dimensions or samples.shape[1] != channels:
         raise ValueError(
             f"The latent has shape {list(samples.shape)} but the MODEL takes {channels} channels: "
             "encode the image with the VAE that belongs to the MODEL."
@@ -215,7 +215,12 @@ def check_run(
             "connect the noise latent that came with this trajectory."
         )
     own = guider.model_patcher.model.process_latent_in(latent)
-    if noise.any() and not isinstance(sampler, OwnSampler) and _distance(own, trajectory.states[0]) < SAME:
+    if (
+        noise.any()
+        and not is_flow(guider.model_patcher)
+        and not isinstance(sampler, OwnSampler)
+        and _distance(own, trajectory.states[0]) < SAME
+    ):
         raise ValueError(OTHER_START)
     name = function_name(sampler)
     if name == "sample_dpm_2":
@@ -251,43 +256,52 @@ def check_states_known(virtual: bool, part: str) -> None:
         )
 
 
-def check_follows(sampler: Sampler, follows: bool) -> None:
-    """Raises ValueError for samplers that make no edit of what Virtual Inversion answers."""
+def check_follows(node: str, sampler: Sampler, follows: bool) -> None:
+    """Raises ValueError for samplers that make no edit of what `node` answers."""
     if not follows:
         name = function_name(sampler).removeprefix("sample_") or type(sampler).__name__
         raise ValueError(
-            f"The sampler '{name}' mixes more into a step than the model's last answer, which Virtual Inversion cannot "
-            "turn into an edit: choose euler, ddim, lcm, ddpm or euler_ancestral."
+            f"The sampler '{name}' mixes more into a step than the model's last answer, which {node} cannot turn into "
+            "an edit: choose euler, ddim, lcm or euler_ancestral."
         )
 
 
-def check_image_run(guider: CFGGuider, image: Tensor, noise: Tensor, latent: Tensor, sigmas: Tensor) -> None:
-    """Raises ValueError for a sampling run that Virtual Inversion cannot make an edit of `image` [1 or b, c, h, w]."""
-    check_every_call(guider.model_patcher, "Virtual Inversion")
+def check_followed(trajectory: Trajectory, sigmas: Tensor) -> None:
+    """Raises ValueError for a schedule at whose levels Flow Edit has no state of the source that it follows."""
+    strangers = [sigma for sigma in sigmas[:-1].tolist() if trajectory.index(sigma) is None]
+    if strangers:
+        raise ValueError(
+            f"The sampler's schedule has sigma {strangers[0]:.4g}, which the trajectory that Flow Edit follows lacks: "
+            "connect the sigmas that came with it to SamplerCustom, or set the steps and scheduler of its inversion."
+        )
+
+
+def check_image_run(
+    node: str, guider: CFGGuider, image: Tensor, noise: Tensor, latent: Tensor, sigmas: Tensor, needs_noise: bool
+) -> None:
+    """Raises ValueError for a sampling run in which `node` cannot make an edit of `image` [1 or b, c, (t,) h, w]."""
+    check_every_call(guider.model_patcher, node)
     _check_conditionings(guider)
     check_one_gpu(guider.model_patcher)
     own = guider.model_patcher.model.process_latent_in(latent)
     sampling = guider.model_patcher.get_model_object("model_sampling")
     if own.shape[1:] != image.shape[1:] or len(image) not in (1, len(own)) or _distance(own, image) > SAME:
+        raise ValueError(f"The sampler's latent_image is not the image of {node}: connect that node's latent output.")
+    if needs_noise and not noise.any():
         raise ValueError(
-            "The sampler's latent_image is not the image of Virtual Inversion: connect that node's latent output, or "
-            "use Edit Sampler."
-        )
-    if not noise.any():
-        raise ValueError(
-            "The sampler adds no noise to the image, without which Virtual Inversion changes nothing: switch add_noise "
-            "on, or use KSampler or Edit Sampler."
+            f"The sampler adds no noise to the image, without which {node} changes nothing: switch add_noise on, or "
+            "use KSampler."
         )
     first, last, top = float(sigmas[0]), float(sigmas[-1]), float(sampling.sigma_max)
     if first > 1.01 * top:
         raise ValueError(
             f"The sampler's schedule begins at sigma {first:.4g}, but this MODEL knows noise up to {top:.4g} alone: "
-            "connect the sigmas of Virtual Inversion, or lower the scheduler's sigma_max."
+            f"connect the sigmas of {node}, or lower the scheduler's sigma_max."
         )
     if last > 1.01 * float(sampling.sigma_min):
         raise ValueError(
-            f"The sampler stops at sigma {last:.4g}, but an edit by Virtual Inversion is known at the end of a run "
-            "alone: set end_at_step to the last step, and connect all of the sigmas."
+            f"The sampler stops at sigma {last:.4g}, but an edit by {node} is known at the end of a run alone: set "
+            "end_at_step to the last step, and connect all of the sigmas."
         )
 
 
@@ -451,6 +465,16 @@ def check_start(x: Tensor, trajectory: Trajectory, index: int, sigmas: Tensor, a
             f"The sampler starts at step {index} of the trajectory, but not with the noise that the source has there: "
             "start at step 0 from the noise latent that came with this trajectory, or connect the latent of a sampler "
             f"that stopped there with leftover noise, {NOISE_OFF}."
+        )
+
+
+def check_source_negative(negatives: list | None) -> None:
+    """Raises ValueError where there is no one negative prompt to guide the source's prediction by."""
+    count = len(negatives or ())
+    if count != 1:
+        raise ValueError(
+            f"Flow Edit's source_cfg is guided by the sampler's negative prompt, but this run has {count}: connect one "
+            "plain negative, or set source_cfg to 1."
         )
 
 

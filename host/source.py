@@ -27,6 +27,7 @@ from torch import Tensor
 from .call import CHUNKS, KEY, Call, place, slice_of
 from .layer import Blend, Block, Edit, Inputs, Layer, Rule
 from .maps import WordMaps, map_size
+from .model import is_flow, is_unet, noise_latent, start_of
 from .patches import with_attend, with_enter, with_measure
 from .refusals import (
     check_all_images,
@@ -37,6 +38,7 @@ from .refusals import (
     check_run,
     check_same_model,
     check_source,
+    check_source_negative,
     check_start,
     check_states_known,
     check_unet,
@@ -56,7 +58,8 @@ OWN = ("control", "gligen")  # what the host hands on from the positive conditio
 class SourceBranch:
     """What a MODEL carries: the source and what reads from it. Immutable; the state of a run is in `_Run`.
 
-    virtual: whether a run gives the source's states itself, at sigmas of its own, and reads the source's prediction.
+    virtual: whether a run gives the source's states itself, at sigmas of its own, and reads the source's prediction,
+    which is guided by the sampler's negative prompt where cfg is not 1.
     """
 
     trajectory: Trajectory
@@ -64,6 +67,7 @@ class SourceBranch:
     store: AttentionStore | None = None
     blend: Blend | None = None
     virtual: bool = False
+    cfg: float = 1.0
 
 
 def attach(
@@ -75,6 +79,7 @@ def attach(
     trajectory or store are another model's, or others than those of the edits before, or where the model already
     carries an edit of this kind.
     """
+    check_unet(model)
     model, branch = branched(model, trajectory)
     if any(type(other) is type(edit) for other in branch.edits):
         raise ValueError(f"This MODEL already carries a {edit.node}: write the whole edit into one such node.")
@@ -91,6 +96,8 @@ def attach(
 
 def attach_blend(model: ModelPatcher, trajectory: Trajectory, blend: Blend) -> ModelPatcher:
     """A clone of `model` whose samples are the source outside the blend's mask. Raises ValueError as `attach`."""
+    if blend.columns is not None:
+        check_unet(model)
     model, branch = branched(model, trajectory)
     check_states_known(branch.virtual, "Local Blend")
     if branch.blend is not None:
@@ -110,7 +117,6 @@ def with_state(model_options: dict, state: Tensor) -> dict:
 
 def branched(model: ModelPatcher, trajectory: Trajectory) -> tuple[ModelPatcher, SourceBranch]:
     """A clone of `model` that runs beside `trajectory`, and its branch. Raises ValueError as `attach`."""
-    check_unet(model)
     check_same_model(model, trajectory)
     check_source(trajectory.conditioning)
     model = model.clone()
@@ -120,7 +126,8 @@ def branched(model: ModelPatcher, trajectory: Trajectory) -> tuple[ModelPatcher,
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
         model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _calc_cond_batch)
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model)
-        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model)
+        if is_unet(model):
+            model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model)
     else:
         check_same_states(model, trajectory)
     return model, branch
@@ -133,8 +140,8 @@ def check_same_states(model: ModelPatcher, trajectory: Trajectory) -> None:
         return
     if branch.virtual:
         raise ValueError(
-            "This MODEL edits by Virtual Inversion, which takes no trajectory but its own: connect the trajectory "
-            "output of that Virtual Inversion."
+            "This MODEL edits by Virtual Inversion or Flow Edit, which takes no trajectory but its own: connect the "
+            "trajectory output of that Virtual Inversion, or the trajectory that Flow Edit follows."
         )
     raise ValueError("Two edits on this MODEL read from different trajectories: connect the same one to both.")
 
@@ -148,13 +155,21 @@ class _Run:
         self.started = False
         self.live: set[int] = set()  # the steps at which the source's row took part
         self.maps: dict[int, tuple[Tensor, Tensor]] = {}  # by step: word maps of source and target
-        self.predicted: Tensor | None = None  # the source's denoised estimate, where it is read
+        self.predicted: Tensor | None = None  # the source's denoised estimate, guided, where it is read
 
     @property
     def source(self) -> dict:
         """The processed source conditioning, with the ControlNet and GLIGEN that made the trajectory and no others."""
         own = self.branch.trajectory.conditioning[0][1]
         return {key: value for key, value in self.guider.conds[KEY][0].items() if key not in OWN or key in own}
+
+    @property
+    def negative(self) -> dict | None:
+        """The processed prompt by which the source's prediction is guided; None where it is not."""
+        if self.branch.cfg == 1:
+            return None
+        check_source_negative(self.guider.conds.get("negative"))
+        return {key: value for key, value in self.guider.conds["negative"][0].items() if key not in OWN}
 
     def step(self, sigma: float) -> tuple[int | None, int]:
         """Which step a call at `sigma` belongs to, and of how many; None where the trajectory has no such sigma."""
@@ -213,7 +228,8 @@ class _Run:
                 self.live.add(index)
         tokens = self.source["cross_attn"].shape[1], positive[0]["cross_attn"].shape[1]
         source = len(conds) if kept is None else None
-        return Call(rules, index, state, source, target, present, tokens, word_maps, kept or {})
+        beside = len(conds) + 1 if self.predicts(target) and self.branch.cfg != 1 else None
+        return Call(rules, index, state, source, target, present, tokens, word_maps, beside, kept or {})
 
     def predicts(self, target: int | None) -> bool:
         """Whether the source's prediction is read from a call with the target in it: the first of a step."""
@@ -274,6 +290,9 @@ def _outer_sample(
     ((embedding, own),) = branch.trajectory.conditioning
     guider.conds[KEY] = convert_cond([[embedding.to(positive), own]])
     run = options[RUN] = _Run(branch, guider, len(noise), sigmas, bool(noise.any()))
+    if not branch.virtual and is_flow(guider.model_patcher) and branch.trajectory.index(float(sigmas[0])) == 0:
+        # At sigma 1 the sampler would begin at 0 whatever its latent.
+        noise, latent_image = (t.to(noise).expand_as(noise) for t in start_of(guider.model_patcher, branch.trajectory))
     try:
         # A copy: uni_pc writes to the schedule that it is given, which the host keeps for the next run.
         result = executor(noise, latent_image, sampler, sigmas.clone(), denoise_mask, *args, **kwargs)
@@ -285,7 +304,7 @@ def _outer_sample(
         end = branch.trajectory.index(float(sigmas[-1]))
         if branch.blend is None or end is None:
             return result
-        state = guider.model_patcher.model.process_latent_out(branch.trajectory.states[end])
+        state = noise_latent(guider.model_patcher, branch.trajectory, end)
         return run.blend(result, end, state.to(result))
     finally:
         del options[RUN], guider.conds[KEY]
@@ -306,23 +325,30 @@ def _calc_cond_batch(executor, model, conds: list, x_in: Tensor, timestep: Tenso
     call = run and run.call(model, conds, x_in, timestep, options)
     if not call:
         return executor(model, conds, x_in, timestep, model_options)
-    options = with_enter({**uncompiled(options), CALL: call}, call.attention, call.leave)
+    options = {**uncompiled(options), CALL: call}
+    if call.reads:
+        options = with_enter(options, call.attention, call.leave)
     if call.word_maps is not None:
         options = with_measure(options, call.measure, model.diffusion_model)
     model_options = {**model_options, "transformer_options": options}
     joined = conds
     if call.source is not None:
         source = run.source
-        if len(call.state) == len(x_in) and _one_call(source, conds, x_in, timestep):
-            joined = [*conds, [source]]
+        extra = [[source]] if call.beside is None else [[source], [run.negative]]
+        if len(call.state) == len(x_in) and _one_call(source, call, conds, x_in, timestep):
+            joined = [*conds, *extra]
         else:
             # One row serves a batch of targets. Or the host would run another prompt before the source, or compute the
             # source's ControlNet from the target's latent.
-            alone = [None] * len(conds) + [[source]]
+            alone = [*[None] * len(conds), *extra]
             answers = executor(model, alone, call.state, timestep[: len(call.state)], model_options)
     results = executor(model, joined, x_in, timestep, model_options)
     if run.predicts(call.target):
-        run.predicted = (answers if joined is conds else results)[call.source]
+        predictions = answers if joined is conds else results
+        run.predicted = predictions[call.source]
+        if call.beside is not None:
+            negative = predictions[call.beside]
+            run.predicted = negative + run.branch.cfg * (run.predicted - negative)
     results = results[: len(conds)]
     if call.word_maps is not None and call.target in call.ran:
         run.maps[call.index] = call.word_maps.means()
@@ -336,14 +362,14 @@ def _apply_model(executor, x: Tensor, t: Tensor, c_concat, c_crossattn, control,
     chunks, size = transformer_options["cond_or_uncond"], len(x)
     # Other packs index pairs by these numbers: to them the source is one more row of the target's kind, after it, or of
     # another's where there is no target.
-    order = sorted(range(len(chunks)), key=lambda at: chunks[at] == call.source)
+    order = sorted(range(len(chunks)), key=lambda at: chunks[at] in call.at_source)
     chunks = [chunks[at] for at in order]
-    beside = call.present[0] if call.target is None else call.target
-    seen = [beside if index == call.source else index for index in chunks]
+    like = call.present[0] if call.target is None else call.target
+    seen = [like if index in call.at_source else index for index in chunks]
     transformer_options = {**transformer_options, CHUNKS: chunks, "cond_or_uncond": seen}
     if "uuids" in transformer_options:
         transformer_options["uuids"] = [transformer_options["uuids"][at] for at in order]
-    if chunks == [call.source]:
+    if set(chunks) <= call.at_source:
         transformer_options = uncached(transformer_options)  # what others read from is never left out
 
     def ordered(value, order: list[int] = order):
@@ -352,8 +378,9 @@ def _apply_model(executor, x: Tensor, t: Tensor, c_concat, c_crossattn, control,
 
     x, t, c_concat, c_crossattn = (ordered(value) for value in (x, t, c_concat, c_crossattn))
     check_part(x[slice_of(x, chunks, 0)], call.state)
-    if call.source in chunks:
-        x[slice_of(x, chunks, chunks.index(call.source))] = call.state
+    for at, index in enumerate(chunks):
+        if index in call.at_source:
+            x[slice_of(x, chunks, at)] = call.state
     kwargs = {name: ordered(value) for name, value in kwargs.items()}
     result = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     return ordered(result, [order.index(at) for at in range(len(order))])
@@ -379,8 +406,12 @@ def _running(conds: list[list[dict] | None], x: Tensor, timestep: Tensor) -> lis
     return [(i, entry) for i, entry in prepared if entry is not None]
 
 
-def _one_call(source: dict, conds: list[list[dict] | None], x: Tensor, timestep: Tensor) -> bool:
-    """Whether the host can run the source with all of a call, or else split it off as the first."""
+def _one_call(source: dict, call: Call, conds: list[list[dict] | None], x: Tensor, timestep: Tensor) -> bool:
+    """Whether the source can be one of a call's prompts: where others read from it, the host has to run it with all of
+    them, or else first.
+    """
+    if not call.reads and source.get("control") is None:
+        return True
     mine, others = get_area_and_mult(source, x, timestep), [entry for _, entry in _running(conds, x, timestep)]
     return source.get("control") is None and all(
         mine.hooks == other.hooks and can_concat_cond(mine, other) for other in others

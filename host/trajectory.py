@@ -46,7 +46,8 @@ class ModelIdentity(NamedTuple):
 class Trajectory(NamedTuple):
     """A tuple of CPU tensors, so that the host's cache can weigh it. Never changed once made.
 
-    states: [n + 1, b, c, h, w] fp32, the sampler-space latent (x = z * sqrt(1 + sigma^2)) at each sigma.
+    states: [n + 1, b, c, (t,) h, w] fp32, the sampler-space latent at each sigma: for flow models the network's own
+    input (1 - sigma) image + sigma noise, for others image + sigma noise, which is sqrt(1 + sigma^2) times that.
     sigmas: [n + 1] fp32, falling from the noise to the image.
     conditioning: the host CONDITIONING of the source prompt.
     model: the model that made it.
@@ -109,7 +110,7 @@ def _read_trajectory(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Tr
     sampler = metadata.get("sampler", EULER)  # files of before there was another
     source = unpacked(tensors, metadata)
     trajectory = Trajectory(tensors["states"], tensors["sigmas"], source, ModelIdentity(*known), sampler)
-    if trajectory.states.ndim != 5 or len(trajectory.states) != len(trajectory.sigmas):
+    if trajectory.states.ndim not in (5, 6) or len(trajectory.states) != len(trajectory.sigmas):
         raise ValueError("its states do not fit its sigmas")
     if not (trajectory.sigmas.diff() < 0).all():
         raise ValueError("its sigmas do not fall")

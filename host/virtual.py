@@ -1,16 +1,18 @@
 """Editing without inversion: the sampler is told that the image, moved by the difference of two predictions, is there.
 
 Let x be the target's latent, d how far it is from the source's, and Delta = D(x; target) - D(x - d; source) the
-difference of their denoised estimates. A step of every method of this family takes d to Delta + kept (d - Delta), and
-the edit is the image plus d. Where the model's answer is image + Delta, that is what the host's own samplers do to x:
-`lcm` with kept = 0, `euler` with t / s and `euler_ancestral` with (t / s)^2 for a step from sigma s to t. What is left
-is to follow d, and to run the source at x - d: the image with the sampler's own noise on it.
+difference of their denoised estimates. A step of every method of this family takes d to kept d + taken Delta, and the
+edit is the image plus d. Where the model's answer is image + Delta, that is what the host's own samplers do to x:
+`lcm` with kept 0, `euler` with t / s and `euler_ancestral` with (t / s)^2 for a step from sigma s to t. Taken is 1 less
+kept, both times what the image has lost where a flow adds noise. What is left is to follow d, and to run the source at
+x - d, the image with the sampler's own noise on it, or at the state that a trajectory has there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from enum import Enum
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -19,35 +21,52 @@ from comfy.samplers import KSAMPLER, CFGGuider, Sampler
 from torch import Tensor
 
 from . import source
-from .refusals import check_follows, check_image_run
+from .model import is_flow, noised
+from .refusals import check_followed, check_follows, check_image_run
 from .sampler import function_name, settings
+from .schedule import step_of
 from .trajectory import Trajectory
 
 KEY = f"{source.KEY}.virtual"
+
+
+class Path(Enum):
+    """Where the source is at a sigma: the image with the sampler's own noise on it, or with noise drawn anew for every
+    step but the first, or where the trajectory has it.
+    """
+
+    SAMPLED, FRESH, FOLLOWED = range(3)
 
 
 @dataclass(frozen=True)
 class Virtual:
     """What a MODEL carries beside its source branch. Immutable; the state of a run is in `_Run`.
 
-    samples: [b, c, h, w], the image as the host's latent. mask: its noise mask, or None.
-    fresh: whether every step but the first has noise of its own, in place of the sampler's.
+    node: the display name of the node that made it.
+    samples: [b, c, (t,) h, w], the image as the host's latent. mask: its noise mask, or None.
+    path: where the source is at a sigma.
+    cfg: the guidance of the source's prediction, by the sampler's negative prompt.
+    pull: how much of Delta each step takes back.
     """
 
+    node: str
     samples: Tensor
     mask: Tensor | None
-    fresh: bool
+    path: Path
+    cfg: float = 1.0
+    pull: float = 0.0
 
 
 def attach_virtual(model: ModelPatcher, trajectory: Trajectory, virtual: Virtual) -> ModelPatcher:
-    """A clone of `model` whose samples are edits of an image that `trajectory` has with noise on it at every sigma.
+    """A clone of `model` whose samples are edits of the image at the end of `trajectory`.
 
     Raises ValueError as `source.attach`.
     """
     model, branch = source.branched(model, trajectory)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
-    model.model_options["transformer_options"] |= {source.KEY: replace(branch, virtual=True), KEY: virtual}
+    branch = replace(branch, virtual=True, cfg=virtual.cfg)
+    model.model_options["transformer_options"] |= {source.KEY: branch, KEY: virtual}
     return model
 
 
@@ -55,12 +74,12 @@ def virtual_of(model: ModelPatcher) -> Virtual | None:
     return model.model_options["transformer_options"].get(KEY)
 
 
-Kept = Callable[[float, float], float]
-"""How much of a difference a step from one sigma to the next keeps, 0 to 1."""
+Mix = Callable[[float, float], tuple[float, float]]
+"""How much a step from one sigma to the next keeps of the latent and takes of the model's answer, 0 to 1 each."""
 
 
-def kept_by(sampler: Sampler) -> Kept | None:
-    """What a sampler keeps of the latent, beside its model's answer and noise; None where a step is no such mixture."""
+def mix_of(sampler: Sampler, flow: bool) -> Mix | None:
+    """What a sampler's step is beside its noise, of a model that predicts a flow or not; None where no such mixture."""
     if not isinstance(sampler, KSAMPLER):
         return None
     name, options = function_name(sampler), settings(sampler)
@@ -68,53 +87,86 @@ def kept_by(sampler: Sampler) -> Kept | None:
         return None
     eta = options.get("eta", 1.0)
 
-    def ancestral(sigma: float, below: float) -> float:
-        added = min(below, eta * below * max(1 - (below / sigma) ** 2, 0) ** 0.5)
-        return (below**2 - added**2) ** 0.5 / sigma
+    def kept(share: float, scale: float = 1.0) -> tuple[float, float]:
+        return scale * share, scale * (1 - share)
 
-    known: dict[str, Kept] = {
-        "sample_lcm": lambda sigma, below: 0.0,
-        "sample_euler": lambda sigma, below: below / sigma,
-        "sample_ddpm": lambda sigma, below: (below / sigma) ** 2,
-        "sample_euler_ancestral": ancestral,
+    def ancestral(sigma: float, below: float) -> tuple[float, float]:
+        added = min(below, eta * below * max(1 - (below / sigma) ** 2, 0) ** 0.5)
+        return kept((below**2 - added**2) ** 0.5 / sigma)
+
+    def flow_ancestral(sigma: float, below: float) -> tuple[float, float]:
+        down = below * (1 + (below / sigma - 1) * eta)
+        return kept(down / sigma, (1 - below) / (1 - down) if eta > 0 else 1.0)
+
+    known: dict[str, Mix] = {
+        "sample_lcm": lambda sigma, below: kept(0.0, 1 - below if flow else 1.0),
+        "sample_euler": lambda sigma, below: kept(below / sigma),
+        "sample_euler_ancestral": flow_ancestral if flow else ancestral,
     }
+    if not flow:
+        known["sample_ddpm"] = lambda sigma, below: kept((below / sigma) ** 2)
     return known.get(name)
 
 
 class _Run:
     """How far the target of one sampling run is from its source, followed from call to call.
 
-    image: [1 or b, c, h, w] in sampler space.
+    image: [1 or b, c, (t,) h, w] in sampler space.
     """
 
     def __init__(
-        self, image: Tensor, images: int, sigmas: Tensor, kept: Kept, fresh: bool, mask: Tensor | None, seed: int
+        self,
+        virtual: Virtual,
+        model: ModelPatcher,
+        trajectory: Trajectory,
+        images: int,
+        sigmas: Tensor,
+        mix: Mix,
+        mask: Tensor | None,
+        seed: int,
     ) -> None:
-        self.image, self.sigmas, self.kept, self.fresh, self.mask = image, sigmas, kept, fresh, mask
+        self.model, self.trajectory, self.image = model, trajectory, trajectory.states[-1].to(model.load_device)
+        self.path, self.pull, self.sigmas, self.mix, self.mask = virtual.path, virtual.pull, sigmas, mix, mask
         self.generator = torch.Generator().manual_seed(seed + 1)  # the run's own noise has been drawn by the seed
         self.noise: Tensor | None = None  # in place of the sampler's
         self.sigma = float(sigmas[0])
-        self.moved = self.answered = image.new_zeros(images, *image.shape[1:])  # d, and Delta of the last call
+        self.moved = self.image.new_zeros(images, *self.image.shape[1:])  # d
+        self.answered = self.moved  # Delta of the last call
 
     def reach(self, sigma: float, mask: Tensor | None) -> Tensor:
         """d at `sigma`, where the step that ends there is taken. mask: of the host, which puts the image back."""
         if sigma < self.sigma:
-            self.moved = self.answered + self.kept(self.sigma, sigma) * (self.moved - self.answered)
+            kept, taken = self.mix(self.sigma, sigma)
+            self.moved = kept * self.moved + taken * self.answered
             self.moved = self.moved if mask is None else self.moved * mask
             self.sigma = sigma
-            if self.fresh:
+            if self.path is Path.FRESH:
                 self.noise = torch.randn(self.image.shape, generator=self.generator).to(self.image)
         return self.moved
 
     def states(self, x: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
-        """The source's latent [1 or b, c, h, w] and the target's [b, c, h, w] for the sampler's x.
+        """The source's latent [1 or b, c, (t,) h, w] and the target's [b, c, (t,) h, w] for the sampler's x.
 
         Targets of one image share its noise, and so one source.
         """
-        if self.noise is None and len(self.image) == len(x):
+        if self.path is Path.FOLLOWED:
+            state = self.trajectory.states[self.trajectory.index(self.sigma)].to(x)
+        elif self.noise is not None:
+            state = noised(self.model, self.image, self.noise, self.sigma)
+        elif len(self.image) == len(x):
             return x - moved, x
-        state = (x - moved)[: len(self.image)] if self.noise is None else self.image + self.sigma * self.noise
+        else:
+            state = (x - moved)[: len(self.image)]
         return state, state + moved
+
+    def answer(self, difference: Tensor, mask: Tensor | None) -> Tensor:
+        """Delta as the sampler is to take it, from the difference of the two predictions."""
+        if self.pull:
+            step = step_of(self.sigmas, self.sigma)
+            _, taken = self.mix(self.sigma, float(self.sigmas[step + 1]))
+            difference = difference * (1 - self.pull / taken)
+        self.answered = difference if mask is None else difference * mask
+        return self.answered
 
     def masked(self, guider: CFGGuider, model_options: dict, timestep: Tensor) -> Tensor | None:
         """The noise mask of a call, which Differential Diffusion changes from call to call."""
@@ -129,12 +181,14 @@ def _outer_sample(
 ):
     guider = executor.class_obj
     options = guider.model_options["transformer_options"]  # the host's copy for this run alone
-    virtual, image = options[KEY], options[source.KEY].trajectory.states[-1]
-    kept = kept_by(sampler)
-    check_follows(sampler, kept is not None)
-    check_image_run(guider, image, noise, latent, sigmas)
-    device = guider.model_patcher.load_device
-    run = _Run(image.to(device), len(latent), sigmas, kept, virtual.fresh, mask, seed or 0)
+    virtual, trajectory = options[KEY], options[source.KEY].trajectory
+    image = trajectory.states[-1]
+    mix = mix_of(sampler, is_flow(guider.model_patcher))
+    check_follows(virtual.node, sampler, mix is not None)
+    check_image_run(virtual.node, guider, image, noise, latent, sigmas, virtual.path is not Path.FOLLOWED)
+    if virtual.path is Path.FOLLOWED:
+        check_followed(trajectory, sigmas)
+    run = _Run(virtual, guider.model_patcher, trajectory, len(latent), sigmas, mix, mask, seed or 0)
     options[KEY] = run
     result = executor(noise, latent, sampler, sigmas, mask, callback, quiet, seed, **kwargs)
     moved = run.reach(float(sigmas[-1]), None)
@@ -151,7 +205,4 @@ def _predict_noise(executor, x: Tensor, timestep: Tensor, model_options: dict, *
     state, target = run.states(x, moved)
     branch.predicted = None
     denoised = executor(target, timestep, source.with_state(model_options, state), *args, **kwargs)
-    run.answered = denoised - branch.predicted
-    if mask is not None:
-        run.answered = run.answered * mask
-    return run.image + run.answered
+    return run.image + run.answer(denoised - branch.predicted, mask)

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from ..host.alone import Conds, mixes_prompts
 from ..host.conditioning import SEED, copied
-from ..host.model import add_outermost, identity, noise_latent, prediction_type
+from ..host.model import (
+    FLOW,
+    add_outermost,
+    check_noise_predicted,
+    fitting,
+    identity,
+    is_flow,
+    prediction_type,
+    start_of,
+)
 from ..host.refusals import (
     check_deterministic,
     check_every_call,
@@ -36,6 +45,7 @@ from .ddim import first_noise, leading_sigmas, step_up
 from .dpm_solver import Evaluation, multistep
 from .fixed_point import fixed_point_step
 from .regularise import regularised
+from .uni_inv import uni_inv_step
 
 
 class Guidance(NamedTuple):
@@ -126,6 +136,23 @@ class MultistepInversionSampler(OwnSampler):
         return x
 
 
+class FlowInversionSampler(OwnSampler):
+    """As InversionSampler, for models that predict a flow. Made anew for each run."""
+
+    def __init__(self, iterations: int) -> None:
+        self.iterations = iterations
+        self.states: list[Tensor] = []
+
+    def walk(self, run: Run) -> Tensor:
+        x, before = run.latent, None
+        self.states.append(x.to("cpu", torch.float32))
+        for i, sigma, sigma_next in run.steps():
+            x, denoised, before = uni_inv_step(x, sigma, sigma_next, run.denoise, before, self.iterations)
+            self.states.append(x.to("cpu", torch.float32))
+            run.report(i, denoised, x)
+        return x
+
+
 def invert(
     model: ModelPatcher,
     guidance: Guidance,
@@ -134,14 +161,18 @@ def invert(
     refinement: Refinement = PLAIN,
     solver: str = EULER,
 ) -> Trajectory:
-    """Inversion of image latents [b, c, h, w] along falling `sigmas`, for the host's sampler `solver`.
+    """Inversion of image latents [b, c, (t,) h, w] along falling `sigmas`, for the host's sampler `solver`.
 
-    That is DDIM inversion for "euler", and its second-order kin for "dpmpp_2m" (dpm_solver.py). Raises ValueError for
-    models, latents and settings that cannot be inverted.
+    That is DDIM inversion for "euler", Uni-Inv where the model predicts a flow (uni_inv.py), and a second-order kin for
+    "dpmpp_2m" (dpm_solver.py). Raises ValueError for models, latents and settings that cannot be inverted.
     """
-    check_inversion("DDIM Inversion", model, guidance, samples)
+    samples = fitting(model, samples)
+    check_inversion("DDIM Inversion", model, guidance, samples, flows=True)
     prediction = prediction_type(model)
-    if solver == DPMPP_2M:
+    if prediction == FLOW:
+        _check_flow(refinement, solver)
+        sampler = FlowInversionSampler(refinement.iterations)
+    elif solver == DPMPP_2M:
         _check_plain(refinement)
         sampler = MultistepInversionSampler(prediction)
     else:
@@ -160,10 +191,27 @@ def _check_plain(refinement: Refinement) -> None:
             )
 
 
-def check_inversion(node: str, model: ModelPatcher, guidance: Guidance, samples: Tensor) -> None:
-    """Raises ValueError for models, latents and settings that `node` cannot invert, before anything is run."""
+def _check_flow(refinement: Refinement, solver: str) -> None:
+    """Raises ValueError for settings that the inversion of flow models does not have."""
+    changed = {"solver": (solver, EULER)}
+    changed |= {name: (value, getattr(PLAIN, name)) for name, value in refinement._asdict().items()}
+    for name, (value, plain) in changed.items():
+        if value != plain and name != "iterations":
+            shown = "ddim (euler)" if name == "solver" else f"{plain:g}"
+            raise ValueError(
+                f"DDIM Inversion's {name} {value} is for models that predict noise or v, but this MODEL predicts a "
+                f"flow: set {name} to {shown}; iterations reconstruct a flow better too."
+            )
+
+
+def check_inversion(node: str, model: ModelPatcher, guidance: Guidance, samples: Tensor, flows: bool = False) -> None:
+    """Raises ValueError for models, latents and settings that `node` cannot invert, before anything is run.
+
+    flows: whether it inverts models that predict a flow.
+    """
     check_unedited(model, node)
-    prediction_type(model)
+    if not flows:
+        check_noise_predicted(model, node)
     check_every_call(model, node)
     check_unguided(model)
     check_latent(model, samples)
@@ -225,8 +273,14 @@ def sample(
 
 
 def ddim_sigmas(model: ModelPatcher, steps: int) -> Tensor:
-    """The schedule of the papers and of diffusers: [steps + 1] falling sigmas of the model's own table."""
-    return leading_sigmas(model.get_model_object("model_sampling").sigmas.cpu(), steps)
+    """The schedule of the papers and of diffusers: [steps + 1] falling sigmas of the model's own table.
+
+    Models that predict a flow have the host's "simple" in its place, which ends at sigma 0.
+    """
+    model_sampling = model.get_model_object("model_sampling")
+    if is_flow(model):
+        return calculate_sigmas(model_sampling, "simple", steps).cpu()
+    return leading_sigmas(model_sampling.sigmas.cpu(), steps)
 
 
 def karras_sigmas(model: ModelPatcher, steps: int) -> Tensor:
@@ -249,15 +303,14 @@ def resample(model: ModelPatcher, trajectory: Trajectory, guidance: Guidance, sa
     if virtual is None:
         check_inverted(trajectory)
         check_deterministic(sampler, trajectory.sigmas)
-        samples = noise_latent(model, trajectory)
-        noise = torch.zeros_like(samples)
+        noise, samples = start_of(model, trajectory)
     else:
         check_same_states(model, trajectory)
         samples, mask, seed = virtual.samples, virtual.mask, trajectory.conditioning[0][1][SEED]
         noise = prepare_noise(samples, seed)
     if len(samples) == 1:
         targets = max(len(embedding) for embedding, _ in guidance.positive)
-        samples, noise = (t.repeat(targets, 1, 1, 1) for t in (samples, noise))
+        samples, noise = (t.repeat(targets, *[1] * (t.ndim - 1)) for t in (samples, noise))
     return host_sample(model, guidance, sampler, trajectory.sigmas, noise, samples, seed, mask)
 
 

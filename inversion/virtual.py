@@ -17,10 +17,10 @@ import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..host.model import prediction_type
+from ..host.model import fitting, noised
 from ..host.refusals import check_every_call, check_latent
 from ..host.trajectory import Trajectory
-from ..host.virtual import Virtual, attach_virtual
+from ..host.virtual import Path, Virtual, attach_virtual
 from .run import Guidance, as_trajectory, check_unedited
 
 NODE = "Virtual Inversion"
@@ -58,18 +58,19 @@ def invert_virtually(
     mask: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[ModelPatcher, Trajectory]:
-    """A MODEL whose samples are edits of image latents [b, c, h, w], and the image at falling `sigmas` with its noise.
+    """A MODEL whose samples are edits of image latents [b, c, (t,) h, w], and the image with its noise at `sigmas`.
 
     source: the prompt that says what the image shows. mask: where to edit, as the host's noise mask. Raises ValueError
     for models and latents that cannot be edited.
     """
     check_unedited(model, NODE)
-    prediction_type(model)
+    samples = fitting(model, samples)
     check_every_call(model, NODE)
     check_latent(model, samples)
     image = model.model.process_latent_in(samples)
     noise = comfy.sample.prepare_noise(samples, seed)
-    states = [image + sigma * noise for sigma in sigmas.tolist()]
+    states = [noised(model, image, noise, sigma) for sigma in sigmas.tolist()]
     trajectory = as_trajectory(model, Guidance(source), states, sigmas, seed)
-    kept = Virtual(samples.clone(), None if mask is None else mask.clone(), fresh)
-    return attach_virtual(model, trajectory, kept), trajectory
+    path = Path.FRESH if fresh else Path.SAMPLED
+    virtual = Virtual(NODE, samples.clone(), None if mask is None else mask.clone(), path)
+    return attach_virtual(model, trajectory, virtual), trajectory
