@@ -14,12 +14,13 @@ from comfy.samplers import CFGGuider, calc_cond_batch
 from torch import Tensor
 
 from flows import FLOWS, Flow
+from palimpsest.host.cost import metered
 from palimpsest.host.sampler import OwnSampler, Run
 from palimpsest.inversion.flow_edit import edit_image, edit_trajectory
 from palimpsest.inversion.run import Guidance, ddim_sigmas, invert, resample
 from palimpsest.inversion.virtual import PRESETS, invert_virtually, schedule
 from palimpsest.nodes.flow_edit import FlowEdit
-from tiny import execute
+from tiny import Tiny, execute
 
 STEPS, CFG, SEED = 5, 3.0, 7
 every_flow = pytest.mark.parametrize("flow", FLOWS.values(), ids=list(FLOWS))
@@ -120,3 +121,178 @@ def test_equals_the_papers_loop(flow: Flow, source_cfg: float) -> None:
     ours = parts.sample(edit_image(parts.model, parts.source, parts.image, cfg=source_cfg))
     assert close(ours, paper(parts, noises(parts.image, STEPS), source_cfg, scale))
     assert not close(ours, parts.image, 0.05)
+
+
+@every_flow
+def test_noise_of_one_kind_and_flowaligns_pull(flow: Flow) -> None:
+    parts = Parts(flow)
+    scale = getattr(parts.model.get_model_object("model_sampling"), "noise_scale", 1.0)
+    ours = parts.sample(edit_image(parts.model, parts.source, parts.image, fresh=False, pull=0.05))
+    first, *_ = noises(parts.image, 1)
+    assert close(ours, paper(parts, [first] * STEPS, 1.0, scale, pull=0.05))
+    assert not close(ours, paper(parts, [first] * STEPS, 1.0, scale))
+
+
+@every_flow
+def test_the_same_prompt_gives_the_image_back(flow: Flow) -> None:
+    parts = Parts(flow)
+    edited = edit_image(parts.model, parts.source, parts.image)
+    assert close(parts.sample(edited, cfg=1.0, positive=parts.source), parts.image, 1e-4)
+
+
+@every_flow
+def test_outside_a_noise_mask_is_the_image(flow: Flow) -> None:
+    parts = Parts(flow)
+    edited = edit_image(parts.model, parts.source, parts.image)
+    mask = torch.zeros(1, 1, *flow.latent[-2:])
+    mask[..., : flow.latent[-1] // 2] = 1
+    result = parts.sample(edited, mask=mask)
+    half = flow.latent[-1] // 2
+    assert torch.equal(result[..., half:], parts.image[..., half:])
+    assert not close(result[..., :half], parts.image[..., :half], 0.05)
+
+
+@every_flow
+def test_plain_ksampler_of_an_img2img_workflow(flow: Flow) -> None:
+    """Its denoise is where the paper starts, n_max of T steps: here the last 5 of 8."""
+    parts = Parts(flow)
+    edited, latent = execute(FlowEdit, model=parts.model, source=parts.source, image={"samples": parts.image})
+    (result,) = nodes.KSampler().sample(
+        edited, SEED, STEPS, CFG, "euler", "simple", parts.target, parts.negative, latent, denoise=5 / 8
+    )
+    sampling = parts.model.get_model_object("model_sampling")
+    parts.sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 8)[-STEPS - 1 :].cpu()
+    scale = getattr(sampling, "noise_scale", 1.0)
+    assert close(result["samples"], paper(parts, noises(parts.image, STEPS), 1.0, scale))
+
+
+@every_flow
+def test_rows_of_a_step(flow: Flow) -> None:
+    """The source costs one row, two where it is guided."""
+    parts = Parts(flow)
+
+    def rows(model: ModelPatcher, cfg: float) -> float:
+        model, cost = metered(model)
+        parts.sample(model, cfg)
+        return sum(cost.rows) / STEPS
+
+    edited = edit_image(parts.model, parts.source, parts.image)
+    assert (rows(edited, 1.0), rows(edited, CFG)) == (2, 3)
+    assert rows(edit_image(parts.model, parts.source, parts.image, cfg=2.0), CFG) == 4
+
+
+@every_flow
+def test_following_a_trajectory_adds_what_the_sources_own_steps_lack(flow: Flow) -> None:
+    """x' = x + (s' - s) v(x, target) + [y' - y - (s' - s) v(y, source)] along the source's states y."""
+    parts = Parts(flow)
+    trajectory = invert(parts.model, Guidance(parts.source), parts.image, parts.sigmas)
+    result = parts.sample(edit_trajectory(parts.model, trajectory))
+
+    def body(denoise: Denoise, image: Tensor) -> Tensor:
+        levels, states = trajectory.sigmas.double().tolist(), trajectory.states.double()
+        x = states[0]
+        for i, (sigma, below) in enumerate(zip(levels, levels[1:], strict=False)):
+            positive, negative = denoise("positive", x, sigma), denoise("negative", x, sigma)
+            v_target = (x - (negative + CFG * (positive - negative))) / sigma
+            v_source = (states[i] - denoise("source", states[i], sigma)) / sigma
+            lacking = states[i + 1] - states[i] - (below - sigma) * v_source
+            x = x + (below - sigma) * v_target + lacking
+        return x
+
+    assert close(result, parts.loop(body))
+    noiseless = parts.sample(edit_trajectory(parts.model, trajectory), noise=torch.zeros_like(parts.image))
+    assert torch.equal(noiseless, result)
+    edited, latent = execute(FlowEdit, model=parts.model, image=trajectory)
+    assert torch.equal(parts.sample(edited, latent=latent["samples"]), result)
+    assert torch.equal(resample(edited, trajectory, Guidance(parts.target, parts.negative, CFG)), result)
+
+
+@every_flow
+def test_other_presets_of_virtual_inversion(flow: Flow) -> None:
+    """InfEdit: the source anew from the image, the target at its clean one. Edit-friendly: the source's noise maps."""
+    parts = Parts(flow)
+    sigmas = schedule(parts.model, "simple", STEPS, 0.8)
+    levels = sigmas.double().tolist()
+    sampling = parts.model.get_model_object("model_sampling")
+    scale = getattr(sampling, "noise_scale", 1.0)
+    for name in ("InfEdit", "edit-friendly"):
+        model, trajectory = invert_virtually(parts.model, parts.source, parts.image, sigmas, seed=SEED)
+        drawn = [torch.randn(flow.latent, generator=torch.Generator().manual_seed(9 + i)) for i in range(STEPS)]
+        left = list(drawn)
+        sampler = comfy.samplers.ksampler(PRESETS[name].sampler, {"noise_sampler": lambda *_, left=left: left.pop(0)})
+        ours = resample(model, trajectory, Guidance(parts.target, parts.negative, CFG), sampler)
+        noise = [comfy.sample.prepare_noise(parts.image, SEED).double(), *(n.double() for n in drawn)]
+
+        def body(denoise: Denoise, image: Tensor, name: str = name, noise: list[Tensor] = noise) -> Tensor:
+            def guided(x: Tensor, sigma: float) -> Tensor:
+                positive, negative = denoise("positive", x, sigma), denoise("negative", x, sigma)
+                return negative + CFG * (positive - negative)
+
+            source = target = (1 - levels[0]) * image + levels[0] * scale * noise[0]
+            for i, (sigma, below) in enumerate(zip(levels, levels[1:], strict=False)):
+                clean = image + guided(target, sigma) - denoise("source", source, sigma)
+                if below == 0:
+                    return clean
+                if name == "InfEdit":
+                    added = below * scale * noise[i + 1]
+                    source, target = (1 - below) * image + added, (1 - below) * clean + added
+                    continue
+                down = below * below / sigma  # eta 1
+                fade = (1 - below) / (1 - down)
+                added = (below**2 - (fade * down) ** 2) ** 0.5 * scale * noise[i + 1]
+                source, target = (
+                    fade * (down / sigma * x + (1 - down / sigma) * toward) + added
+                    for x, toward in ((source, image), (target, clean))
+                )
+            raise AssertionError("the schedule ends at 0")
+
+        assert close(ours, parts.loop(body)), name
+
+
+def test_refusals() -> None:
+    parts = Parts(FLOWS["Flux"])
+    edited = edit_image(parts.model, parts.source, parts.image)
+    with pytest.raises(ValueError, match="The sampler 'dpmpp_2m' mixes more into a step .* which Flow Edit cannot"):
+        parts.sample(edited, sampler="dpmpp_2m")
+    with pytest.raises(ValueError, match="latent_image is not the image of Flow Edit"):
+        parts.sample(edited, latent=parts.image.flip(-1))
+    with pytest.raises(ValueError, match="adds no noise to the image, without which Flow Edit changes nothing"):
+        parts.sample(edited, noise=torch.zeros_like(parts.image))
+    with pytest.raises(ValueError, match="already edited"):
+        edit_image(edited, parts.source, parts.image)
+    with pytest.raises(ValueError, match="Flow Edit was given an image but no source"):
+        execute(FlowEdit, model=parts.model, image={"samples": parts.image})
+    trajectory = invert(parts.model, Guidance(parts.source), parts.image, parts.sigmas)
+    followed = edit_trajectory(parts.model, trajectory)
+    with pytest.raises(ValueError, match="sigma 0.875, which the trajectory that Flow Edit follows lacks"):
+        parts.sample(followed, sigmas=ddim_sigmas(parts.model, 8))
+
+
+def test_several_targets_of_one_image() -> None:
+    parts = Parts(FLOWS["SD3"])
+    edited = edit_image(parts.model, parts.source, parts.image)
+    alone = parts.sample(edited)
+    noise = comfy.sample.prepare_noise(parts.image, SEED).repeat(2, 1, 1, 1)
+    both = parts.sample(edited, noise=noise, latent=parts.image.repeat(2, 1, 1, 1))
+    assert close(both, alone.expand_as(both), 1e-5)
+
+
+def test_works_on_unets_too() -> None:
+    tiny = Tiny()
+    edited, latent = execute(FlowEdit, model=tiny.model, source=tiny.source, image={"samples": tiny.image})
+    noise = comfy.sample.prepare_noise(tiny.image, SEED)
+    ours = comfy.sample.sample_custom(
+        edited,
+        noise,
+        CFG,
+        comfy.samplers.sampler_object("euler"),
+        schedule(tiny.model, "simple", STEPS, 0.6),
+        tiny.target,
+        tiny.negative,
+        latent["samples"],
+        disable_pbar=True,
+        seed=SEED,
+    )
+    sigmas = schedule(tiny.model, "simple", STEPS, 0.6)
+    model, trajectory = invert_virtually(tiny.model, tiny.source, tiny.image, sigmas, fresh=True, seed=SEED)
+    assert torch.equal(ours, resample(model, trajectory, Guidance(tiny.target, tiny.negative, CFG)))
