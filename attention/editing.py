@@ -6,6 +6,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 
 from ..host.conditioning import copied
+from ..host.refusals import check_unet
 from ..host.source import attach
 from ..host.store import AttentionStore
 from ..host.tokens import prompt_words
@@ -52,6 +53,7 @@ def prompt_to_prompt(
     reweight and word_schedule: lines of words and numbers, as the inputs of P2P Attention Controller. Raises ValueError
     where the trajectory is of another prompt or model, or names words that are not there.
     """
+    check_unet(model, PromptToPrompt.node)
     if not same_prompt(trajectory.conditioning[0][0], edit.embeddings[0]):
         raise ValueError(
             "The trajectory was made with another source prompt than this Prompt Edit's: connect Prompt Edit's "

@@ -82,7 +82,7 @@ def record_attention(model: ModelPatcher, trajectory: Trajectory, recording: Rec
 
     Raises ValueError where the model is edited already, or the trajectory is another model's.
     """
-    check_unet(model)
+    check_unet(model, "Record Attention")
     check_same_model(model, trajectory)
     check_source(trajectory.conditioning)
     check_every_call(model, "Record Attention")

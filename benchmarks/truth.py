@@ -40,13 +40,14 @@ from ..demo.edits import EDITS, Edit
 from ..demo.outcomes import Outcomes
 from ..guidance.cross_attention import CrossAttentionGuidance
 from ..guidance.proximal import INVERSION, Proximal
+from ..host.blocks import last_layers
 from ..host.cost import Cost, metered
 from ..host.guide import attach_guide
 from ..host.guided import attach_rule
 from ..host.model import noise_latent
 from ..host.source import attach, attach_blend
 from ..host.trajectory import DPMPP_2M, Trajectory
-from ..host.unet import decoder_from_second, last_layers
+from ..host.unet import decoder_from_second
 from ..inversion.diffedit import Settings as Differences
 from ..inversion.diffedit import difference_mask
 from ..inversion.null_text import Settings as NullText

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from comfy.model_base import BaseModel
 from comfy.samplers import calc_cond_batch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .dit import Joint, architecture_of, turned
 from .layer import Block, Inputs, Layer, Read, Rule
 from .maps import WordMaps, token_maps
 from .patches import Attend, host_attention, layer_of
@@ -20,6 +21,7 @@ from .refusals import (
     check_prompt_kept,
     check_source_ran,
     check_stored,
+    check_unmasked,
 )
 
 KEY = "palimpsest"
@@ -56,6 +58,7 @@ class Call:
     word_maps: WordMaps | None
     beside: int | None = None  # the negative prompt at the source's state, where that guides the source's prediction
     kept: dict[Layer, Inputs] = field(default_factory=dict)  # of the source, from the store or from its own row
+    before: int = 0  # the tokens before the source's image, in a flow transformer
     ran: set[int] = field(default_factory=set)  # the chunks that the UNet was run for: another node may leave them out
 
     def attention(self, kind: str, rows: Inputs, extra_options: dict) -> Inputs:
@@ -90,6 +93,61 @@ class Call:
         extra_options["cond_or_uncond"] = [*seen, *[seen[at] for at in further]]
         places = {at: slice_of(rows.query, chunks, at) for at in reads}
         return _with_rows(rows, places, {at: [_scaled(t, len(terms)) for t in terms] for at, terms in reads.items()})
+
+    def joint(
+        self,
+        model: nn.Module,
+        joint: Joint,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        tensors: tuple[Tensor, Tensor, Tensor],
+        extra_options: dict,
+    ) -> Tensor:
+        """The attention of the image's tokens in a flow transformer, the target's replaced by what the edits let them
+        read. The text's tokens read and are read as ever.
+        """
+        chunks, layer = extra_options[CHUNKS], joint.layer
+        self.ran.update(chunks)
+        check_source_ran(self.source is None or self.source in self.ran)
+        rule = self.rule(layer)
+        readers = [] if rule is None else self.readers(rule, chunks)
+        if rule is None or (self.source not in chunks and not readers):
+            return attend(*tensors)
+
+        def rows(at: int) -> tuple[Tensor, ...]:
+            return tuple(tensor[slice_of(tensor, chunks, at)] for tensor in tensors)
+
+        if self.source in chunks:
+            supplied = joint.inputs(*rows(chunks.index(self.source)))
+            self.before = joint.where.start
+            if self.awaited(rule, chunks):
+                self.kept[layer] = supplied
+        else:
+            supplied = self.kept[layer]
+        if architecture_of(model).turned and (by := joint.where.start - self.before):
+            query, key = (turned(model, tensor, joint.heads, by) for tensor in supplied[:2])
+            supplied = Inputs(query, key, supplied.value)
+        changed = list(tensors)
+        longer: dict[int, tuple[Tensor, ...]] = {}
+        for at in readers:
+            own = joint.inputs(*rows(at))
+            source = Inputs(*(t.to(own.query).expand(len(own.query), -1, -1) for t in supplied))
+            ((inputs, _, _),) = rule.read(layer, source, own)
+            read = tuple(
+                tensor if new is old else joint.with_image(tensor, new)
+                for tensor, new, old in zip(rows(at), inputs, own, strict=True)
+            )
+            if inputs.key.shape[1] != own.key.shape[1]:
+                check_unmasked(joint.masked)
+                longer[at] = read
+                continue
+            for i, (new, tensor) in enumerate(zip(read, rows(at), strict=True)):
+                if new is not tensor:
+                    changed[i] = changed[i].clone() if changed[i] is tensors[i] else changed[i]
+                    changed[i][slice_of(changed[i], chunks, at)] = new
+        result = attend(*changed)
+        for at, read in longer.items():
+            result[slice_of(result, chunks, at)] = attend(*read)
+        return result
 
     def attend(self, inner: Attend, query: Tensor, key: Tensor, value: Tensor, extra_options: dict) -> Tensor:
         """The attention of all rows of a self-attention layer; who reads in parts has a call of its own for each."""

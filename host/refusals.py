@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .alone import ALIKE, apart
 from .conditioning import SEED
+from .dit import ARCHITECTURES, architecture_of
 from .layer import Layer
 from .model import identity, is_flow, is_unet
 from .sampler import OwnSampler, Run, function_name, settings
@@ -45,11 +46,30 @@ GUIDANCE = (
 GUIDING = (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH)
 
 
-def check_unet(model: ModelPatcher) -> None:
-    """Raises ValueError for models whose attention layers the edits do not reach."""
+def check_unet(model: ModelPatcher, node: str) -> None:
+    """Raises ValueError where `node` reads layers that the model lacks."""
     if not is_unet(model):
         kind = type(model.model.diffusion_model).__name__
-        raise ValueError(f"This MODEL ({kind}) is no UNet, but edits read attention layers of SD1.x, SD2.x or SDXL.")
+        raise ValueError(
+            f"This MODEL ({kind}) is no UNet, but {node} reads layers that SD1.x, SD2.x and SDXL alone have: use Flow "
+            "Edit, MasaCtrl or PnP Feature Injector."
+        )
+
+
+def check_readable(model: ModelPatcher, node: str) -> None:
+    """Raises ValueError for models whose attention layers the edits do not reach."""
+    network = model.model.diffusion_model
+    if not is_unet(model) and architecture_of(network) is None:
+        raise ValueError(
+            f"This MODEL ({type(network).__name__}) is no UNet, and none of the flow models whose attention {node} can "
+            f"read ({', '.join(sorted(known.__name__ for known in ARCHITECTURES))}): use Flow Edit, which reads none."
+        )
+
+
+def check_unmasked(masked: bool) -> None:
+    """Raises ValueError where an attention of more keys than the model's own meets a mask made for these."""
+    if masked:
+        raise ValueError("MasaCtrl's union adds keys to an attention that this MODEL masks: switch union off.")
 
 
 def check_same_model(model: ModelPatcher, trajectory: Trajectory) -> None:

@@ -13,18 +13,22 @@ edit without inversion (`virtual`) the run gives the source's states, and takes 
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy.sampler_helpers import convert_cond
 from comfy.samplers import CFGGuider, Sampler, can_concat_cond, get_area_and_mult
-from torch import Tensor
+from torch import Tensor, nn
 
 from .call import CHUNKS, KEY, Call, place, slice_of
+from .dit import architecture_of, joint_attention
 from .layer import Blend, Block, Edit, Inputs, Layer, Rule
 from .maps import WordMaps, map_size
 from .model import is_flow, is_unet, noise_latent, start_of
@@ -35,6 +39,7 @@ from .refusals import (
     check_one_model,
     check_one_state,
     check_part,
+    check_readable,
     check_run,
     check_same_model,
     check_source,
@@ -79,7 +84,7 @@ def attach(
     trajectory or store are another model's, or others than those of the edits before, or where the model already
     carries an edit of this kind.
     """
-    check_unet(model)
+    check_readable(model, edit.node)
     model, branch = branched(model, trajectory)
     if any(type(other) is type(edit) for other in branch.edits):
         raise ValueError(f"This MODEL already carries a {edit.node}: write the whole edit into one such node.")
@@ -97,7 +102,7 @@ def attach(
 def attach_blend(model: ModelPatcher, trajectory: Trajectory, blend: Blend) -> ModelPatcher:
     """A clone of `model` whose samples are the source outside the blend's mask. Raises ValueError as `attach`."""
     if blend.columns is not None:
-        check_unet(model)
+        check_unet(model, "Local Blend's words")
     model, branch = branched(model, trajectory)
     check_states_known(branch.virtual, "Local Blend")
     if branch.blend is not None:
@@ -267,7 +272,8 @@ class _Run:
         if not blend.applies(index / self.branch.trajectory.steps) or (blend.columns is not None and not self.maps):
             return x
         source, target = (sum(maps) for maps in zip(*self.maps.values(), strict=True)) if self.maps else (None, None)
-        mask = blend.mask(source, target, tuple(x.shape[2:])).to(x)
+        mask = blend.mask(source, target, tuple(x.shape[-2:])).to(x)
+        mask = mask if x.ndim == 4 else mask.unsqueeze(2)  # the same for every frame
         return torch.where(mask == 1, x, state + mask * (x - state))
 
 
@@ -326,7 +332,7 @@ def _calc_cond_batch(executor, model, conds: list, x_in: Tensor, timestep: Tenso
     if not call:
         return executor(model, conds, x_in, timestep, model_options)
     options = {**uncompiled(options), CALL: call}
-    if call.reads:
+    if call.reads and isinstance(model.diffusion_model, UNetModel):
         options = with_enter(options, call.attention, call.leave)
     if call.word_maps is not None:
         options = with_measure(options, call.measure, model.diffusion_model)
@@ -382,8 +388,16 @@ def _apply_model(executor, x: Tensor, t: Tensor, c_concat, c_crossattn, control,
         if index in call.at_source:
             x[slice_of(x, chunks, at)] = call.state
     kwargs = {name: ordered(value) for name, value in kwargs.items()}
-    result = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+    with _reading(executor.class_obj.diffusion_model, call, x, transformer_options) as options:
+        result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     return ordered(result, [order.index(at) for at in range(len(order))])
+
+
+def _reading(model: nn.Module, call: Call, x: Tensor, options: dict) -> AbstractContextManager[dict]:
+    """The options of a call of a flow transformer from whose attention rules read; other options as they are."""
+    if not call.rules or architecture_of(model) is None:
+        return nullcontext(options)
+    return joint_attention(model, x, options, partial(call.joint, model))
 
 
 def _diffusion_model(executor, x: Tensor, timesteps: Tensor, context, y, control, transformer_options: dict, **kwargs):

@@ -168,7 +168,7 @@ def check(model: ModelPatcher, pivot: Trajectory, start: list, settings: Setting
     check_unedited(model, NODE)
     check_every_call(model, NODE)
     check_unguided(model)
-    check_unet(model)
+    check_unet(model, "Null Text Inversion")
     check_one_gpu(model)
     check_attention(model, NODE)
     check_same_model(model, pivot)

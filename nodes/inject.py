@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..attention.masactrl import MasaCtrl
 from ..attention.pnp import PRESETS, PlugAndPlay
-from ..host.refusals import check_unet
+from ..host.blocks import attention_blocks as blocks_of_attention
+from ..host.blocks import last_layers, layers_in, layout_blocks, parse_blocks
+from ..host.model import is_unet
+from ..host.refusals import check_readable, check_unet
 from ..host.source import attach
 from ..host.trajectory import Trajectory
-from ..host.unet import blocks_with, decoder_from_second, last_layers, parse_blocks
+from ..host.unet import blocks_with
 from . import sockets
 from .widgets import drawn, fraction
 
@@ -78,15 +80,18 @@ class PnPFeatureInjector(io.ComfyNode):
     def execute(
         cls, model, trajectory, preset, tau_f, tau_a, feature_blocks, attention_blocks, attention_store=None
     ) -> io.NodeOutput:
-        check_unet(model)
-        unet = model.model.diffusion_model
-        decoder = decoder_from_second(unet)
-        features = parse_blocks(feature_blocks, blocks_with(unet, ResBlock), "feature_blocks of PnP Feature Injector")
+        check_readable(model, PlugAndPlay.node)
+        network = model.model.diffusion_model
+        if feature_blocks.strip():
+            check_unet(model, "feature_blocks of PnP Feature Injector")
+        residual = blocks_with(network, ResBlock) if is_unet(model) else []
+        features = parse_blocks(feature_blocks, residual, "feature_blocks of PnP Feature Injector")
         attention = parse_blocks(
-            attention_blocks, blocks_with(unet, SpatialTransformer), "attention_blocks of PnP Feature Injector"
+            attention_blocks, blocks_of_attention(network), "attention_blocks of PnP Feature Injector"
         )
+        layout = layout_blocks(network)
         tau_f, tau_a = PRESETS.get(preset, (tau_f, tau_a))
-        edit = PlugAndPlay(features or tuple(decoder[:1]), attention or tuple(decoder), tau_f, tau_a)
+        edit = PlugAndPlay(features or tuple(layout[:1] if residual else ()), attention or tuple(layout), tau_f, tau_a)
         return io.NodeOutput(attach(model, trajectory, edit, attention_store))
 
 
@@ -120,7 +125,7 @@ class MasaCtrlNode(io.ComfyNode):
                     min=-1,
                     max=1000,
                     tooltip=(
-                        "From which attention layer on, counted from 0 through the whole UNet. Paper: 10 of 16 for "
+                        "From which attention layer on, counted from 0 through the whole model. Paper: 10 of 16 for "
                         "SD1.5, 44 to 64 of 70 for SDXL. -1: as far into this model."
                     ),
                 ),
@@ -135,19 +140,44 @@ class MasaCtrlNode(io.ComfyNode):
                 sockets.AttentionStore.Input(
                     "attention_store", optional=True, tooltip="From Record Attention: two rows a step instead of three."
                 ),
+                io.String.Input(
+                    "blocks",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Which blocks take their content from the source, in place of first_layer: double 0-1, single "
+                        "34-37 in Flux, block 3 in SD3, output 5 in a UNet. vital: Stable Flow's choice for Flux.1."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output("model", tooltip="The model whose samples take their content from the source.")],
         )
 
     @classmethod
     def execute(
-        cls, model, trajectory, start, first_layer, union, source_mask=None, target_mask=None, attention_store=None
+        cls,
+        model,
+        trajectory,
+        start,
+        first_layer,
+        union,
+        source_mask=None,
+        target_mask=None,
+        attention_store=None,
+        blocks="",
     ) -> io.NodeOutput:
-        check_unet(model)
+        check_readable(model, MasaCtrl.node)
         masks = None
         if source_mask is not None or target_mask is not None:
+            check_unet(model, "MasaCtrl with masks")
             masks = _foreground(source_mask, target_mask, trajectory, union)
-        edit = MasaCtrl(last_layers(model.model.diffusion_model, first_layer), start, union, masks)
+        network = model.model.diffusion_model
+        if blocks.strip():
+            layers = layers_in(network, blocks, "blocks of MasaCtrl")
+        else:
+            layers = last_layers(network, first_layer)
+        edit = MasaCtrl(layers, start, union, masks)
         return io.NodeOutput(attach(model, trajectory, edit, attention_store))
 
 

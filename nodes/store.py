@@ -96,7 +96,7 @@ class RecordAttention(io.ComfyNode):
         dtype,
         device,
     ) -> io.NodeOutput:
-        check_unet(model)
+        check_unet(model, "Record Attention")
         recording = Recording(
             Window(0.0, cross_replace),
             Window(0.0, self_replace),

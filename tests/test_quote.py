@@ -8,8 +8,8 @@ import pytest
 
 from palimpsest.attention.phrases import gains, phrase_columns, windows
 from palimpsest.demo import scenes
+from palimpsest.host.blocks import parse_blocks
 from palimpsest.host.quote import quoted
-from palimpsest.host.unet import parse_blocks
 from palimpsest.nodes import files
 from palimpsest.nodes.prompt import BatchPromptEdits
 from test_alignment import edit_of
