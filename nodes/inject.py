@@ -33,10 +33,19 @@ class PnPFeatureInjector(io.ComfyNode):
             category="Palimpsest/edit",
             description=(
                 "Plug-and-Play: while the target is sampled, features and self-attention of the source image take the "
-                "place of its own in the decoder, so that the new prompt re-draws the same layout. Sample the returned "
-                "MODEL from the inverted noise with any prompt."
+                "place of its own in the decoder, so that the new prompt re-draws the same layout. In Flux, SD3 and "
+                "other flow models it is the attention alone, in every block. Sample the returned MODEL from the "
+                "inverted noise with any prompt."
             ),
-            search_aliases=["plug and play", "pnp", "feature injection", "image to image translation", "structure"],
+            search_aliases=[
+                "plug and play",
+                "pnp",
+                "feature injection",
+                "image to image translation",
+                "structure",
+                "flux attention",
+                "mm-dit",
+            ],
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The model that made the trajectory; other packs' patches may be on it."
@@ -54,7 +63,10 @@ class PnPFeatureInjector(io.ComfyNode):
                     ),
                 ),
                 fraction(
-                    "tau_f", 0.8, "Until where in the run features are the source's. Higher keeps more structure."
+                    "tau_f",
+                    0.8,
+                    "Until where in the run features are the source's. Higher keeps more structure. Flow models have "
+                    "none.",
                 ),
                 fraction(
                     "tau_a", 0.5, "Until where in the run self-attention is the source's. Higher keeps more layout."
@@ -65,7 +77,8 @@ class PnPFeatureInjector(io.ComfyNode):
                 ),
                 blocks(
                     "attention_blocks",
-                    "Where self-attention is injected, such as output 4-11. Empty: the paper's, or their like.",
+                    "Where self-attention is injected, such as output 4-11, or double 0-18, single 0-37 in Flux. "
+                    "Empty: the paper's, or their like.",
                 ),
                 sockets.AttentionStore.Input(
                     "attention_store",
@@ -106,7 +119,15 @@ class MasaCtrlNode(io.ComfyNode):
                 "Mutual self-attention: the target takes its content from the source image, while its prompt decides "
                 "pose and layout. For changes that Prompt-to-Prompt cannot make because it keeps the layout."
             ),
-            search_aliases=["masactrl", "mutual self attention", "non-rigid edit", "consistent character", "pose edit"],
+            search_aliases=[
+                "masactrl",
+                "mutual self attention",
+                "non-rigid edit",
+                "consistent character",
+                "pose edit",
+                "stable flow",
+                "kv injection",
+            ],
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The model that made the trajectory; other packs' patches may be on it."

@@ -46,7 +46,7 @@ class DDIMInversion(io.ComfyNode):
             description=(
                 "Finds the noise that a deterministic sampler turns back into your image, and keeps every step on the "
                 "way. Connect the trajectory to the edit nodes and to Edit Sampler. Edits look the source up in the "
-                "trajectory, which is Direct Inversion."
+                "trajectory, which is Direct Inversion. For SD1.5, SD2.x and SDXL, and for flow models such as Flux."
             ),
             search_aliases=[
                 "invert",
@@ -57,6 +57,10 @@ class DDIMInversion(io.ComfyNode):
                 "noise from image",
                 "real image",
                 "img2img edit",
+                "flux inversion",
+                "flow inversion",
+                "uni-inv",
+                "rf inversion",
             ],
             inputs=[
                 *image_to_invert(),
@@ -80,9 +84,9 @@ class DDIMInversion(io.ComfyNode):
                     options=[LEADING, *comfy.samplers.SCHEDULER_NAMES],
                     default=LEADING,
                     tooltip=(
-                        "Which noise levels to visit. The default is that of the papers and of diffusers; Edit Sampler "
-                        "fits any. KSampler Advanced fits the default with ddim_uniform at 10, 20, 25, 40, 50 or 100 "
-                        "steps; otherwise choose its scheduler here."
+                        "Which noise levels to visit. The default is that of the papers and of diffusers, on flow "
+                        "models KSampler's simple; Edit Sampler fits any. KSampler Advanced fits the default with "
+                        "ddim_uniform at 10, 20, 25, 40, 50 or 100 steps; otherwise choose its scheduler here."
                     ),
                 ),
                 inverting_negative(),
@@ -93,8 +97,8 @@ class DDIMInversion(io.ComfyNode):
                     max=50,
                     optional=True,
                     tooltip=(
-                        "Fixed-point iterations a step: 0 is plain DDIM inversion, 1 to 3 reconstruct much better. "
-                        "Each costs a model call."
+                        "Fixed-point iterations a step: 0 is plain DDIM inversion, or Uni-Inv on flow models; 1 to 3 "
+                        "reconstruct much better. Each costs a model call."
                     ),
                 ),
                 io.Int.Input(

@@ -37,7 +37,9 @@ class VirtualInversion(io.ComfyNode):
                 "img2img edit",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="The model to edit with, without edits; any that predicts noise or v."),
+                io.Model.Input(
+                    "model", tooltip="The model to edit with, without edits: SD1.5, SDXL, Flux or another flow model."
+                ),
                 io.Conditioning.Input(
                     "source", tooltip="The prompt that says what the image shows: Prompt Edit's source output."
                 ),
@@ -78,7 +80,7 @@ class VirtualInversion(io.ComfyNode):
                     options=comfy.samplers.SCHEDULER_NAMES,
                     default="karras",
                     advanced=True,
-                    tooltip="Which noise levels to visit, as in KSampler.",
+                    tooltip="Which noise levels to visit, as in KSampler; simple for flow models.",
                 ),
                 seed_of("The seed of the noise: another seed, another edit."),
                 encoder(),
