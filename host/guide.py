@@ -33,6 +33,7 @@ from .refusals import (
     check_same_length,
     check_states_known,
     check_two_latents,
+    check_unet,
     check_unmixed,
 )
 from .shortcuts import decided_once, uncached, uncompiled
@@ -65,6 +66,7 @@ class Guide(Protocol):
 
 def attach_guide(model: ModelPatcher, trajectory: Trajectory, guide: Guide, checkpointing: bool) -> ModelPatcher:
     """A clone of `model` whose latent `guide` moves. Raises ValueError as `source.attach`."""
+    check_unet(model, "Cross Attention Guidance")
     model, branch = source.branched(model, trajectory)
     check_states_known(branch.virtual, "Cross Attention Guidance")
     if KEY in model.model_options["transformer_options"]:

@@ -19,6 +19,7 @@ from comfy.samplers import calc_cond_batch
 from torch import Tensor
 
 from ..host.memory import copies_at_once
+from ..host.model import fitting
 from ..host.refusals import check_every_call, check_latent
 from ..host.sampler import OwnSampler, Run
 from .run import Guidance, check_unedited, host_sample
@@ -39,8 +40,11 @@ class Settings(NamedTuple):
 
 
 def relevance(differences: Tensor, ratio: float) -> Tensor:
-    """[b, h, w] in 0..1 from the differences of two predictions [n, b, c, h, w], of noise or of denoised estimates."""
-    strength = differences.abs().mean((0, 2))
+    """[b, h, w] in 0..1 from the differences of two predictions [n, b, c, (t,) h, w], of noise or denoised estimates.
+
+    A video has one mask for all of its frames.
+    """
+    strength = differences.abs().flatten(2, -3).mean((0, 2))
     most = ratio * strength.mean((1, 2), keepdim=True)
     return (strength / most).clamp(max=1)
 
@@ -50,7 +54,7 @@ class DifferenceSampler(OwnSampler):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.differences: Tensor | None = None  # [n, b, c, h, w]
+        self.differences: Tensor | None = None  # [n, b, c, (t,) h, w]
 
     def walk(self, run: Run) -> Tensor:
         image, model, noises = run.latent, run.guider.inner_model, self.settings.noises
@@ -59,9 +63,10 @@ class DifferenceSampler(OwnSampler):
         noise = torch.randn((noises, 1, *image.shape[1:]), generator=generator).to(image)  # the same for all images
         found: list[Tensor] = []
         for part in noise.split(copies_at_once(model, image, noises)):
-            clean = image.repeat(len(part), 1, 1, 1)
+            clean = image.repeat(len(part), *[1] * (image.ndim - 1))
             sigmas = run.sigmas[:1].to(image).expand(len(clean))
-            x = model.model_sampling.noise_scaling(sigmas, part.expand(-1, len(image), -1, -1, -1).flatten(0, 1), clean)
+            drawn = part.expand(-1, len(image), *part.shape[2:]).flatten(0, 1)
+            x = model.model_sampling.noise_scaling(sigmas, drawn, clean)
             target, source = calc_cond_batch(model, conds, x, sigmas, run.model_options)
             found.append((target - source).unflatten(0, (len(part), len(image))))
             run.report(sum(map(len, found)) - 1, target[: len(image)], x[: len(image)], noises)
@@ -70,12 +75,13 @@ class DifferenceSampler(OwnSampler):
 
 
 def difference_mask(model: ModelPatcher, source: list, target: list, samples: Tensor, settings: Settings) -> Tensor:
-    """How far the prompts differ at each position of the image latents [b, c, h, w]: [b, h, w] in 0..1.
+    """How far the prompts differ at each position of the image latents [b, c, (t,) h, w]: [b, h, w] in 0..1.
 
     Raises ValueError for models and latents that do not fit, and where the prompts do not differ at all.
     """
     check_unedited(model, NODE)
     check_every_call(model, NODE)
+    samples = fitting(model, samples)
     check_latent(model, samples)
     sigma = model.get_model_object("model_sampling").percent_to_sigma(1 - settings.noise_level)
     sampler = DifferenceSampler(settings)

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..attention.masactrl import MasaCtrl
-from ..attention.pnp import PRESETS, PlugAndPlay
+from ..attention.pnp import PRESETS, READS, PlugAndPlay
 from ..host.blocks import attention_blocks as blocks_of_attention
 from ..host.blocks import last_layers, layers_in, layout_blocks, parse_blocks
 from ..host.model import is_unet
@@ -85,13 +85,33 @@ class PnPFeatureInjector(io.ComfyNode):
                     optional=True,
                     tooltip="From Record Attention with feature_replace: two rows a step instead of three.",
                 ),
+                io.Combo.Input(
+                    "reads",
+                    options=[*READS],
+                    default=next(iter(READS)),
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "What of the attention is the source's: queries and keys keep the layout, as in the paper; "
+                        "values keep the looks, as RF-Solver-Edit does in the last blocks of Flux; or keys and values."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output("model", tooltip="The model whose samples keep the source's structure.")],
         )
 
     @classmethod
     def execute(
-        cls, model, trajectory, preset, tau_f, tau_a, feature_blocks, attention_blocks, attention_store=None
+        cls,
+        model,
+        trajectory,
+        preset,
+        tau_f,
+        tau_a,
+        feature_blocks,
+        attention_blocks,
+        attention_store=None,
+        reads="queries, keys",
     ) -> io.NodeOutput:
         check_readable(model, PlugAndPlay.node)
         network = model.model.diffusion_model
@@ -104,7 +124,8 @@ class PnPFeatureInjector(io.ComfyNode):
         )
         layout = layout_blocks(network)
         tau_f, tau_a = PRESETS.get(preset, (tau_f, tau_a))
-        edit = PlugAndPlay(features or tuple(layout[:1] if residual else ()), attention or tuple(layout), tau_f, tau_a)
+        features = features or tuple(layout[:1] if residual else ())
+        edit = PlugAndPlay(features, attention or tuple(layout), tau_f, tau_a, READS[reads])
         return io.NodeOutput(attach(model, trajectory, edit, attention_store))
 
 

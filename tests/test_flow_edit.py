@@ -19,6 +19,7 @@ from palimpsest.host.sampler import OwnSampler, Run
 from palimpsest.inversion.flow_edit import edit_image, edit_trajectory
 from palimpsest.inversion.run import Guidance, ddim_sigmas, invert, resample
 from palimpsest.inversion.virtual import PRESETS, invert_virtually, schedule
+from palimpsest.nodes.diffedit import DifferenceMask
 from palimpsest.nodes.flow_edit import FlowEdit
 from tiny import Tiny, execute
 
@@ -247,6 +248,22 @@ def test_other_presets_of_virtual_inversion(flow: Flow) -> None:
             raise AssertionError("the schedule ends at 0")
 
         assert close(ours, parts.loop(body)), name
+
+
+@every_flow
+def test_inside_the_mask_that_the_two_prompts_make(flow: Flow) -> None:
+    """Difference Mask, Set Latent Noise Mask, Flow Edit: outside the image is exactly as it was."""
+    parts = Parts(flow)
+    inputs = {"model": parts.model, "source": parts.source, "target": parts.target}
+    (mask,) = execute(DifferenceMask, **inputs, image={"samples": parts.image}, noises=3, threshold=0.34)
+    assert mask.shape == (1, 8 * flow.latent[-2], 8 * flow.latent[-1])
+    assert 0.02 < mask.mean() < 0.98
+    (masked,) = nodes.SetLatentNoiseMask().set_mask({"samples": parts.image}, mask)
+    edited, latent = execute(FlowEdit, model=parts.model, source=parts.source, image=masked)
+    result = parts.sample(edited, mask=latent["noise_mask"], latent=latent["samples"])
+    outside = mask[:, ::8, ::8].expand_as(result) == 0
+    assert torch.equal(result[outside], parts.image[outside])
+    assert not close(result[~outside], parts.image[~outside], 0.05)
 
 
 def test_refusals() -> None:

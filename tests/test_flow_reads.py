@@ -21,6 +21,7 @@ from palimpsest.host.trajectory import Trajectory
 from palimpsest.inversion.flow_edit import edit_trajectory
 from palimpsest.inversion.run import Guidance, invert, resample
 from palimpsest.nodes.blend import LocalBlendNode
+from palimpsest.nodes.cross_attention import CrossAttentionGuidanceNode
 from palimpsest.nodes.inject import MasaCtrlNode, PnPFeatureInjector
 from palimpsest.nodes.p2p import P2PAttentionController
 from palimpsest.nodes.store import RecordAttention
@@ -131,6 +132,18 @@ def test_plug_and_play_equals_a_pair_of_rows(flow: Flow) -> None:
     ours = resample(edited, trajectory, Guidance(parts.target, parts.negative, CFG))
     layers = list(range(len(blocks_of(parts.model.model.diffusion_model, flow))))
     assert close(ours, pair(parts, flow, trajectory, layers, QK), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["Flux", "SD3.5 medium", "Lumina2", "Wan", "HiDream"])
+@pytest.mark.parametrize(("reads", "taken"), [("values", (2,)), ("keys, values", KV)])
+def test_other_reads_equal_a_pair_of_rows(name: str, reads: str, taken: tuple[int, ...]) -> None:
+    flow = FLOWS[name]
+    parts, trajectory = setting(flow)
+    names = [f"{block} {number}" for block, number in dit_blocks(parts.model.model.diffusion_model)]
+    inputs = {"tau_a": 1.0, "attention_blocks": ", ".join(names[1:]), "reads": reads}
+    (edited,) = execute(PnPFeatureInjector, model=parts.model, trajectory=trajectory, **inputs)
+    ours = resample(edited, trajectory, Guidance(parts.target, parts.negative, CFG))
+    assert close(ours, pair(parts, flow, trajectory, list(range(1, len(names))), taken), 1e-4)
 
 
 @every_flow
@@ -288,6 +301,8 @@ def test_refusals() -> None:
         execute(PnPFeatureInjector, **inputs, feature_blocks="output 4")
     with pytest.raises(ValueError, match="is no UNet, but Record Attention reads"):
         execute(RecordAttention, **inputs)
+    with pytest.raises(ValueError, match="is no UNet, but Cross Attention Guidance reads"):
+        execute(CrossAttentionGuidanceNode, **inputs)
     with pytest.raises(ValueError, match="is no UNet, but Local Blend's words reads"):
         attach_blend(parts.model, trajectory, blend())
 
