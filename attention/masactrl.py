@@ -37,6 +37,7 @@ class MasaCtrl:
 
     node = "MasaCtrl"
     everyone = True
+    reads = ("key", "value")
     features = ()
 
     def wants(self, layer: Layer) -> bool:

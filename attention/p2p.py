@@ -111,6 +111,7 @@ class _Rule:
     self_positions: int
     node = PromptToPrompt.node
     everyone = False
+    reads = ("query", "key")
     features = ()
 
     def wants(self, layer: Layer) -> bool:

@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from . import batch, edits, p2p, pie, reconstruction, samples, steps, truth
+from . import batch, edits, flows, p2p, pie, reconstruction, samples, steps, truth
 
 MODULES = {
     "truth": truth,
@@ -16,6 +16,7 @@ MODULES = {
     "steps": steps,
     "samples": samples,
     "p2p": p2p,
+    "flows": flows,
     "reconstruction": reconstruction,
 }
 

@@ -113,40 +113,41 @@ class Call:
         if rule is None or (self.source not in chunks and not readers):
             return attend(*tensors)
 
-        def rows(at: int) -> tuple[Tensor, ...]:
-            return tuple(tensor[slice_of(tensor, chunks, at)] for tensor in tensors)
+        def image(at: int) -> Inputs:
+            return Inputs(*(joint.image(tensor[slice_of(tensor, chunks, at)]) for tensor in tensors))
 
         if self.source in chunks:
-            supplied = joint.inputs(*rows(chunks.index(self.source)))
+            supplied = image(chunks.index(self.source))
             self.before = joint.where.start
             if self.awaited(rule, chunks):
-                self.kept[layer] = supplied
+                unread = {name: None for name in Inputs._fields if name not in rule.reads}
+                self.kept[layer] = supplied._replace(**unread)
         else:
             supplied = self.kept[layer]
         if architecture_of(model).turned and (by := joint.where.start - self.before):
-            query, key = (turned(model, tensor, joint.heads, by) for tensor in supplied[:2])
-            supplied = Inputs(query, key, supplied.value)
+            moved = {
+                name: turned(model, getattr(supplied, name), by) for name in ("query", "key") if name in rule.reads
+            }
+            supplied = supplied._replace(**moved)
         changed = list(tensors)
-        longer: dict[int, tuple[Tensor, ...]] = {}
+        longer: dict[int, Inputs] = {}
         for at in readers:
-            own = joint.inputs(*rows(at))
-            source = Inputs(*(t.to(own.query).expand(len(own.query), -1, -1) for t in supplied))
-            ((inputs, _, _),) = rule.read(layer, source, own)
-            read = tuple(
-                tensor if new is old else joint.with_image(tensor, new)
-                for tensor, new, old in zip(rows(at), inputs, own, strict=True)
-            )
-            if inputs.key.shape[1] != own.key.shape[1]:
+            own = image(at)
+            source = Inputs(*(t if t is None else t.expand(len(own.query), *t.shape[1:]) for t in supplied))
+            ((read, _, _),) = rule.read(layer, source, own)
+            if read.key.shape[1] != own.key.shape[1]:
                 check_unmasked(joint.masked)
                 longer[at] = read
                 continue
-            for i, (new, tensor) in enumerate(zip(read, rows(at), strict=True)):
-                if new is not tensor:
-                    changed[i] = changed[i].clone() if changed[i] is tensors[i] else changed[i]
-                    changed[i][slice_of(changed[i], chunks, at)] = new
+            for i, (new, old) in enumerate(zip(read, own, strict=True)):
+                if new is not old:
+                    if changed[i] is tensors[i]:
+                        changed[i] = tensors[i].clone()
+                    joint.image(changed[i][slice_of(changed[i], chunks, at)]).copy_(new)
         result = attend(*changed)
         for at, read in longer.items():
-            result[slice_of(result, chunks, at)] = attend(*read)
+            rows = [tensor[slice_of(tensor, chunks, at)] for tensor in tensors]
+            result[slice_of(result, chunks, at)] = attend(*map(joint.with_image, rows, read))
         return result
 
     def attend(self, inner: Attend, query: Tensor, key: Tensor, value: Tensor, extra_options: dict) -> Tensor:

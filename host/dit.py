@@ -24,7 +24,7 @@ from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.ldm.wan.model import WanModel
 from torch import Tensor, nn
 
-from .layer import Block, Inputs, Layer
+from .layer import Block, Layer
 
 OVERRIDE = "optimized_attention_override"
 
@@ -57,34 +57,25 @@ ARCHITECTURES: dict[type[nn.Module], Architecture] = {
 class Joint(NamedTuple):
     """One attention of image and text tokens.
 
-    layer: its place, with the size of its image. where: the image's tokens among all. heads: their number.
-    split: whether tensors are [rows, heads, tokens, d], else [rows, tokens, heads * d].
+    layer: its place, with the size of its image. where: the image's tokens among all.
+    split: whether tensors are [rows, heads, tokens, d], else [rows, tokens, heads * d] or [rows, tokens, heads, d].
     masked: whether some tokens are left out, by a mask that fits their number.
     """
 
     layer: Layer
     where: slice
-    heads: int
     split: bool
     masked: bool
 
-    def inputs(self, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
-        """Of the image's tokens alone."""
-        return Inputs(self.image(query), self.image(key), self.image(value))
-
     def image(self, tensor: Tensor) -> Tensor:
-        """[rows, image tokens, heads * d] of queries, keys or values as the model has them."""
-        tensor = tensor[:, :, self.where].transpose(1, 2) if self.split else tensor[:, self.where]
-        return tensor.flatten(2)
+        """The image's tokens of queries, keys or values: a view [rows, image tokens, ...]."""
+        return (tensor.transpose(1, 2) if self.split else tensor)[:, self.where]
 
     def with_image(self, tensor: Tensor, image: Tensor) -> Tensor:
-        """`tensor` with other image tokens, perhaps more or fewer of them."""
-        dim = 2 if self.split else 1
-        if tensor.ndim == 4:  # SD3's values are so too, beside queries and keys that are not
-            image = image.unflatten(2, (self.heads, -1)).transpose(1, dim)
-        before = tensor.narrow(dim, 0, self.where.start)
-        after = tensor.narrow(dim, self.where.stop, tensor.shape[dim] - self.where.stop)
-        return torch.cat([before, image, after], dim)
+        """`tensor` with image tokens more or fewer than its own."""
+        tokens = tensor.transpose(1, 2) if self.split else tensor
+        joined = torch.cat([tokens[:, : self.where.start], image, tokens[:, self.where.stop :]], 1)
+        return joined.transpose(1, 2) if self.split else joined
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -138,7 +129,7 @@ def joint_attention(model: nn.Module, latent: Tensor, options: dict, enter: Ente
         references = sum(kwargs["transformer_options"].get("reference_image_num_tokens", ()))
         start = 0 if architecture.image_first else q.shape[2 if split else 1] - references - padded
         masked = any(isinstance(value, Tensor) for value in (*args, kwargs.get("mask")))
-        joint = Joint(layer, slice(start, start + layer.positions), heads, split, masked)
+        joint = Joint(layer, slice(start, start + layer.positions), split, masked)
         return enter(joint, attend, (q, k, v), kwargs["transformer_options"])
 
     def begin(place: Block) -> Callable:
@@ -158,12 +149,11 @@ def joint_attention(model: nn.Module, latent: Tensor, options: dict, enter: Ente
             handle.remove()
 
 
-def turned(model: nn.Module, image: Tensor, heads: int, by: int) -> Tensor:
-    """Queries or keys of image tokens [b, n, heads * d] as they would be behind a prompt of `by` more tokens."""
+def turned(model: nn.Module, image: Tensor, by: int) -> Tensor:
+    """Queries or keys of image tokens [b, n, heads, d] as they would be behind a prompt of `by` more tokens."""
     embedder = model.rope_embedder
     channels = embedder.axes_dim[0]
     angles = rope(torch.tensor([[by]], device=image.device), channels, embedder.theta)[0, 0]  # [channels / 2, 2, 2]
-    split = image.unflatten(2, (heads, -1)).clone()
-    pairs = split[..., :channels].unflatten(-1, (-1, 2)).float()
-    split[..., :channels] = (angles @ pairs[..., None])[..., 0].flatten(-2).to(split)
-    return split.flatten(2)
+    pairs = image[..., :channels].unflatten(-1, (-1, 2)).float()
+    first = (angles @ pairs[..., None])[..., 0].flatten(-2).to(image)
+    return torch.cat([first, image[..., channels:]], -1)

@@ -63,11 +63,13 @@ class Rule(Protocol):
     """An edit at one point of the schedule.
 
     node: the display name of the node that made it. everyone: whether all other prompts' rows read as the target's do.
+    reads: the fields of `Inputs` that it takes from the source; the others may be None there.
     features: the blocks whose residual features are to be the source's.
     """
 
     node: str
     everyone: bool
+    reads: tuple[str, ...]
     features: tuple[Block, ...]
 
     def wants(self, layer: Layer) -> bool:
