@@ -2,7 +2,7 @@
 
 Blocks of Flux.1's and of SD3.5 large's width and number of tokens at 1024 pixels, with random weights, sample in fp32
 on the CPU: three rows a step, the source's among them in the edits. Ratios are of processor time in rounds in which
-every form takes its turn; "more memory" is what an edit's peak has over the plain one's, in tensors of all rows' queries.
+every form takes its turn; "more memory" is what an edit's peak has over the plain one's, in tensors of all queries.
 """
 
 from __future__ import annotations
