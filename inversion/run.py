@@ -72,8 +72,8 @@ DIVERGED = 10  # times as large as predicted noise, which is about 1
 class InversionSampler(OwnSampler):
     """Walks up the sigmas it is given, from the image to the noise, and keeps every state. Made anew for each run."""
 
-    def __init__(self, prediction: str, refinement: Refinement) -> None:
-        self.prediction, self.refinement = prediction, refinement
+    def __init__(self, refinement: Refinement) -> None:
+        self.refinement = refinement
         self.states: list[Tensor] = []
 
     def walk(self, run: Run) -> Tensor:
@@ -92,9 +92,7 @@ class InversionSampler(OwnSampler):
         x = run.latent
         self.states.append(x.to("cpu", torch.float32))
         for i, sigma, sigma_next in run.steps():
-            x, denoised = fixed_point_step(
-                x, sigma, sigma_next, run.denoise, self.prediction, iterations, average, regularise
-            )
+            x, denoised = fixed_point_step(x, sigma, sigma_next, run.denoise, iterations, average, regularise)
             self.states.append(x.to("cpu", torch.float32))
             run.report(i, denoised, x)
         return x
@@ -106,8 +104,7 @@ class MultistepInversionSampler(OwnSampler):
     From sigma 0, which has no logarithm, the step is DDIM inversion's, and the next is of first order.
     """
 
-    def __init__(self, prediction: str) -> None:
-        self.prediction = prediction
+    def __init__(self) -> None:
         self.states: list[Tensor] = []
 
     def walk(self, run: Run) -> Tensor:
@@ -115,7 +112,7 @@ class MultistepInversionSampler(OwnSampler):
         self.states.append(x.to("cpu", torch.float32))
         for i, sigma, sigma_next in run.steps():
             if sigma == 0:
-                eps = first_noise(x, sigma, sigma_next, run.denoise, self.prediction)
+                eps = first_noise(x, sigma, sigma_next, run.denoise)
                 x, denoised = step_up(x, sigma, sigma_next, eps)
             else:
                 denoised = run.denoise(x, sigma)
@@ -140,12 +137,11 @@ def invert(
     models, latents and settings that cannot be inverted.
     """
     check_inversion("DDIM Inversion", model, guidance, samples)
-    prediction = prediction_type(model)
     if solver == DPMPP_2M:
         _check_plain(refinement)
-        sampler = MultistepInversionSampler(prediction)
+        sampler = MultistepInversionSampler()
     else:
-        sampler = InversionSampler(prediction, refinement)
+        sampler = InversionSampler(refinement)
     sample(model, guidance, sampler, sigmas.flip(0), torch.zeros_like(samples), samples, seed=0)
     return as_trajectory(model, guidance, sampler.states[::-1], sigmas)._replace(sampler=solver)
 
