@@ -19,7 +19,6 @@ def fixed_point_step(
     sigma: float,
     sigma_next: float,
     denoise: Callable[[Tensor, float], Tensor],
-    prediction: str,
     iterations: int,
     average: int,
     regularise: Callable[[Tensor], Tensor] = lambda eps: eps,
@@ -29,7 +28,7 @@ def fixed_point_step(
     The step is taken along the mean of the last `average` predictions of the iterations + 1 that there are; each goes
     through `regularise` first. Without iterations it is plain DDIM inversion, to the bit.
     """
-    predictions = [regularise(first_noise(x, sigma, sigma_next, denoise, prediction))]
+    predictions = [regularise(first_noise(x, sigma, sigma_next, denoise))]
     for _ in range(iterations):
         estimate, _ = step_up(x, sigma, sigma_next, predictions[-1])
         predictions.append(regularise((estimate - denoise(estimate, sigma_next)) / sigma_next))

@@ -8,7 +8,6 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..host.model import prediction_type
 from ..host.refusals import check_replay
 from ..host.sampler import OwnSampler, Run
 from ..host.source import with_state
@@ -167,13 +166,12 @@ class OBELMSampler(OwnSampler):
 class OBELMWalk(OwnSampler):
     """Takes the image up the schedule, the first step by DDIM inversion. Made anew for each run."""
 
-    def __init__(self, prediction: str) -> None:
-        self.prediction = prediction
+    def __init__(self) -> None:
         self.states: list[Tensor] = []  # in float64
 
     def walk(self, run: Run) -> Tensor:
         denoise, levels = asked_twice(run.denoise, OBELM), run.sigmas.tolist()[::-1]
-        eps = first_noise(run.latent, levels[0], levels[1], denoise, self.prediction)
+        eps = first_noise(run.latent, levels[0], levels[1], denoise)
         x, denoised = ddim_step_up(run.latent, levels[0], levels[1], eps)
         run.report(0, denoised, x)
         self.states += [run.latent.cpu().double(), x.cpu().double()]
@@ -189,7 +187,7 @@ def invert_obelm(
     samples: [b, c, h, w]. Raises ValueError for models, latents and settings that cannot be inverted.
     """
     check_inversion(OBELM, model, guidance, samples)
-    walk = OBELMWalk(prediction_type(model))
+    walk = OBELMWalk()
     sample(model, guidance, walk, sigmas, torch.zeros_like(samples), samples, seed=0)
     trajectory = as_trajectory(model, guidance, [state.float() for state in walk.states[::-1]], sigmas)
     return trajectory, OBELMSampler(trajectory, (walk.states[-1], walk.states[-2]))

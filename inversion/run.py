@@ -18,13 +18,11 @@ from torch import Tensor
 from ..host.alone import Conds, mixes_prompts
 from ..host.conditioning import SEED, copied
 from ..host.model import (
-    FLOW,
     add_outermost,
     check_noise_predicted,
     fitting,
     identity,
     is_flow,
-    prediction_type,
     start_of,
 )
 from ..host.refusals import (
@@ -82,8 +80,8 @@ DIVERGED = 10  # times as large as predicted noise, which is about 1
 class InversionSampler(OwnSampler):
     """Walks up the sigmas it is given, from the image to the noise, and keeps every state. Made anew for each run."""
 
-    def __init__(self, prediction: str, refinement: Refinement) -> None:
-        self.prediction, self.refinement = prediction, refinement
+    def __init__(self, refinement: Refinement) -> None:
+        self.refinement = refinement
         self.states: list[Tensor] = []
 
     def walk(self, run: Run) -> Tensor:
@@ -102,9 +100,7 @@ class InversionSampler(OwnSampler):
         x = run.latent
         self.states.append(x.to("cpu", torch.float32))
         for i, sigma, sigma_next in run.steps():
-            x, denoised = fixed_point_step(
-                x, sigma, sigma_next, run.denoise, self.prediction, iterations, average, regularise
-            )
+            x, denoised = fixed_point_step(x, sigma, sigma_next, run.denoise, iterations, average, regularise)
             self.states.append(x.to("cpu", torch.float32))
             run.report(i, denoised, x)
         return x
@@ -116,8 +112,7 @@ class MultistepInversionSampler(OwnSampler):
     From sigma 0, which has no logarithm, the step is DDIM inversion's, and the next is of first order.
     """
 
-    def __init__(self, prediction: str) -> None:
-        self.prediction = prediction
+    def __init__(self) -> None:
         self.states: list[Tensor] = []
 
     def walk(self, run: Run) -> Tensor:
@@ -125,7 +120,7 @@ class MultistepInversionSampler(OwnSampler):
         self.states.append(x.to("cpu", torch.float32))
         for i, sigma, sigma_next in run.steps():
             if sigma == 0:
-                eps = first_noise(x, sigma, sigma_next, run.denoise, self.prediction)
+                eps = first_noise(x, sigma, sigma_next, run.denoise)
                 x, denoised = step_up(x, sigma, sigma_next, eps)
             else:
                 denoised = run.denoise(x, sigma)
@@ -168,15 +163,14 @@ def invert(
     """
     samples = fitting(model, samples)
     check_inversion("DDIM Inversion", model, guidance, samples, flows=True)
-    prediction = prediction_type(model)
-    if prediction == FLOW:
+    if is_flow(model):
         _check_flow(refinement, solver)
         sampler = FlowInversionSampler(refinement.iterations)
     elif solver == DPMPP_2M:
         _check_plain(refinement)
-        sampler = MultistepInversionSampler(prediction)
+        sampler = MultistepInversionSampler()
     else:
-        sampler = InversionSampler(prediction, refinement)
+        sampler = InversionSampler(refinement)
     sample(model, guidance, sampler, sigmas.flip(0), torch.zeros_like(samples), samples, seed=0)
     return as_trajectory(model, guidance, sampler.states[::-1], sigmas)._replace(sampler=solver)
 

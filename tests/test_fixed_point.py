@@ -35,18 +35,16 @@ def classic(tiny: Tiny, iterations: int, average: int) -> list[Tensor]:
         timestep = (table - sigmas[i + 1]).abs().argmin()[None].double()
         a, b = alpha[i], alpha[i + 1]
 
-        def noise(at: Tensor, alpha_bar: Tensor, timestep: Tensor = timestep) -> Tensor:
+        def noise(at: Tensor, timestep: Tensor = timestep, b: Tensor = b) -> Tensor:
             output = unet(at, timestep, context)
-            if isinstance(sampling, V_PREDICTION):
-                return alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * at
-            return output
+            return b.sqrt() * output + (1 - b).sqrt() * at if isinstance(sampling, V_PREDICTION) else output
 
         def up(z: Tensor, eps: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
             return (b / a).sqrt() * (z - (1 - a).sqrt() * eps) + (1 - b).sqrt() * eps
 
-        predictions = [noise(z, a)]
+        predictions = [noise(z)]
         for _ in range(iterations):
-            predictions.append(noise(up(z, predictions[-1]), b))
+            predictions.append(noise(up(z, predictions[-1])))
         z = up(z, torch.stack(predictions[-average:]).mean(0))
         states.append(z)
     return [state / at.sqrt() for state, at in zip(states, alpha, strict=True)]
