@@ -54,7 +54,7 @@ def layers_in(network: nn.Module, text: str, field: str) -> frozenset[tuple[Bloc
     """
     valid = attention_blocks(network)
     if text.strip().lower() == VITAL:
-        if ("single", 37) not in valid:
+        if not set(VITAL_BLOCKS) <= set(valid):
             raise ValueError(
                 f"{field} is {VITAL}, which is known of Flux.1's blocks alone, but this MODEL has {named(valid)}: name "
                 "blocks of it."

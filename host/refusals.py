@@ -271,8 +271,8 @@ def check_states_known(virtual: bool, part: str) -> None:
     """Raises ValueError where `part` would read states of the source that are made only while the edit is sampled."""
     if virtual:
         raise ValueError(
-            f"{part} reads the source's states, which Virtual Inversion makes only while it samples: remove it from "
-            "this MODEL, or invert the image with DDIM Inversion."
+            f"{part} reads the source's states, which Virtual Inversion and Flow Edit make only while they sample: "
+            "remove it from this MODEL, or invert the image with DDIM Inversion and edit it by other nodes."
         )
 
 

@@ -17,6 +17,7 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "edit-friendly",
     "edit-generated-image",
     "edit-real-image",
+    "flow-edit",
     "local-blend",
     "masactrl-edit",
     "negative-prompt-inversion",

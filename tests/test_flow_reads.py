@@ -12,7 +12,7 @@ from comfy.samplers import calc_cond_batch
 from torch import Tensor, nn
 
 from flows import FLOWS, Flow
-from palimpsest.host.blocks import attention_layers, last_layers, layers_in, parse_blocks
+from palimpsest.host.blocks import VITAL_BLOCKS, attention_layers, last_layers, layers_in, parse_blocks
 from palimpsest.host.cost import metered
 from palimpsest.host.dit import dit_blocks, turned
 from palimpsest.host.sampler import OwnSampler, Run
@@ -285,6 +285,14 @@ def test_blocks_and_their_names() -> None:
         parse_blocks("output 3", blocks, "x")
     with pytest.raises(ValueError, match=r"x is vital, which is known of Flux.1's blocks alone"):
         layers_in(network, "vital", "x")
+    for double, single, known in ((19, 38, True), (8, 48, False)):  # Flux.1 and Flux.2
+        network.double_blocks = nn.ModuleList([network.double_blocks[0]] * double)
+        network.single_blocks = nn.ModuleList([network.single_blocks[0]] * single)
+        if known:
+            assert {layer for layer, _ in layers_in(network, "vital", "x")} == set(VITAL_BLOCKS)
+            continue
+        with pytest.raises(ValueError, match="x is vital, .* this MODEL has double 0-7; single 0-47"):
+            layers_in(network, "vital", "x")
 
 
 def test_refusals() -> None:

@@ -298,7 +298,7 @@ def test_refusals(tiny: Tiny) -> None:
     for wrong in (tiny.model, plain):
         with pytest.raises(ValueError, match="connect the model output of Virtual Inversion"):
             resample(wrong, trajectory, guidance(tiny))
-    with pytest.raises(ValueError, match="Local Blend reads the source's states, which Virtual Inversion makes only"):
+    with pytest.raises(ValueError, match="Local Blend reads the source's states, which Virtual Inversion and"):
         attach_blend(model, trajectory, blend(tiny))
     store, *_ = execute(RecordAttention, model=tiny.model, trajectory=trajectory)
     with pytest.raises(ValueError, match="An attention store reads the source's states, which Virtual Inversion"):
