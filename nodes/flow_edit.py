@@ -44,7 +44,7 @@ class FlowEdit(io.ComfyNode):
                     [io.Latent, io.Image, sockets.Trajectory],
                     tooltip=(
                         "The image or batch of images, beside vae or from VAE Encode. A trajectory of DDIM Inversion "
-                        "in its place is followed instead of noise: closer to the image, for one more run."
+                        "in its place is followed instead of noise."
                     ),
                 ),
                 io.Conditioning.Input(
@@ -71,8 +71,8 @@ class FlowEdit(io.ComfyNode):
                     options=[FRESH, ONE],
                     default=FRESH,
                     tooltip=(
-                        "The paper draws noise anew at each step. One noise moves along a straight line, which keeps "
-                        "more and changes less. A trajectory takes the place of either."
+                        "The paper draws noise anew at each step, which keeps more of the image on the demo model than "
+                        "one noise throughout. A trajectory takes the place of either."
                     ),
                 ),
                 io.Float.Input(

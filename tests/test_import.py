@@ -11,7 +11,7 @@ import palimpsest
 import palimpsest.attention.p2p, palimpsest.attention.alignment, palimpsest.inversion.ddim, palimpsest.host.trajectory
 import palimpsest.inversion.fixed_point, palimpsest.inversion.regularise
 import palimpsest.inversion.edit_friendly, palimpsest.inversion.edict
-import palimpsest.inversion.dpm_solver, palimpsest.inversion.obelm
+import palimpsest.inversion.dpm_solver, palimpsest.inversion.obelm, palimpsest.inversion.uni_inv
 import palimpsest.guidance.negative_prompt, palimpsest.guidance.proximal, palimpsest.guidance.cross_attention
 import palimpsest.guidance.direction, palimpsest.guidance.sentences
 hosts = sorted(name for name in sys.modules if name.split(".")[0] in ("comfy", "comfy_api", "nodes", "server"))

@@ -91,6 +91,8 @@ def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, folders: None) ->
     run("DDIMInversion", model=model, source=source, image=image, steps=2, schedule="karras")
     run("EditFriendlyInversion", model=model, source=source, image=image, steps=2, cfg=1.0, skip=0.0)
     run("VirtualInversion", model=model, source=source, image={**image, "noise_mask": torch.ones(1, 1, 8, 8)})
+    run("FlowEdit", model=model, source=source, image={**image, "noise_mask": torch.ones(1, 1, 8, 8)})
+    run("FlowEdit", model=model, image=trajectory)
     run("EDICTInversion", model=model, source=source, image=image, steps=2, cfg=1.0, strength=1.0)
     run("OBELMInversion", model=model, source=source, image=image, steps=2, strength=1.0)
     euler = comfy.samplers.sampler_object("euler")

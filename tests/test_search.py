@@ -22,6 +22,8 @@ WANTED = {
     "replace object": ("Prompt Edit",),
     "img2img edit": ("Prompt Edit", "DDIM Inversion"),
     "prompt to prompt": ("Prompt Edit", "P2P Attention Controller"),
+    "flowedit": ("Flow Edit",),
+    "flux edit": ("Flow Edit",),
     "attention control": ("P2P Attention Controller",),
 }
 READY = "window.app?.isGraphReady && app.rootGraph.nodes.length && !app.extensionManager.spinner"
