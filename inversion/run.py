@@ -74,6 +74,7 @@ class Refinement(NamedTuple):
 
 
 PLAIN = Refinement()
+UNI_INV = "uni-inv"
 DIVERGED = 10  # times as large as predicted noise, which is about 1
 
 
@@ -131,8 +132,8 @@ class MultistepInversionSampler(OwnSampler):
         return x
 
 
-class FlowInversionSampler(OwnSampler):
-    """As InversionSampler, for models that predict a flow. Made anew for each run."""
+class UniInversionSampler(OwnSampler):
+    """As InversionSampler, by Uni-Inv (uni_inv.py). Made anew for each run."""
 
     def __init__(self, iterations: int) -> None:
         self.iterations = iterations
@@ -158,43 +159,39 @@ def invert(
 ) -> Trajectory:
     """Inversion of image latents [b, c, (t,) h, w] along falling `sigmas`, for the host's sampler `solver`.
 
-    That is DDIM inversion for "euler", Uni-Inv where the model predicts a flow (uni_inv.py), and a second-order kin for
-    "dpmpp_2m" (dpm_solver.py). Raises ValueError for models, latents and settings that cannot be inverted.
+    That is DDIM inversion for "euler", and a second-order kin for "dpmpp_2m" (dpm_solver.py). "uni-inv" is for euler
+    too (uni_inv.py), and the only one for models that predict a flow. Raises ValueError for models, latents and
+    settings that cannot be inverted.
     """
     samples = fitting(model, samples)
     check_inversion("DDIM Inversion", model, guidance, samples, flows=True)
-    if is_flow(model):
-        _check_flow(refinement, solver)
-        sampler = FlowInversionSampler(refinement.iterations)
+    if is_flow(model) and solver == EULER:
+        solver = UNI_INV
+    if solver == UNI_INV:
+        _check_settings(refinement, ("iterations",), UNI_INV)
+        sampler = UniInversionSampler(refinement.iterations)
     elif solver == DPMPP_2M:
-        _check_plain(refinement)
+        if is_flow(model):
+            raise ValueError(
+                f"DDIM Inversion's solver {DPMPP_2M} is for models that predict noise or v, but this MODEL "
+                f"({type(model.model).__name__}) predicts a flow: set solver to {UNI_INV}."
+            )
+        _check_settings(refinement, (), DPMPP_2M)
         sampler = MultistepInversionSampler()
     else:
         sampler = InversionSampler(refinement)
     sample(model, guidance, sampler, sigmas.flip(0), torch.zeros_like(samples), samples, seed=0)
-    return as_trajectory(model, guidance, sampler.states[::-1], sigmas)._replace(sampler=solver)
+    fit = DPMPP_2M if solver == DPMPP_2M else EULER
+    return as_trajectory(model, guidance, sampler.states[::-1], sigmas)._replace(sampler=fit)
 
 
-def _check_plain(refinement: Refinement) -> None:
-    """Raises ValueError for refinements of euler's steps, which those of another sampler cannot have."""
+def _check_settings(refinement: Refinement, known: tuple[str, ...], solver: str) -> None:
+    """Raises ValueError for refinements of DDIM inversion's steps that those of another solver do not have."""
     for name, value in refinement._asdict().items():
-        if value != (plain := getattr(PLAIN, name)):
+        if name not in known and value != (plain := getattr(PLAIN, name)):
             raise ValueError(
-                f"DDIM Inversion's {name} {value:g} refines the steps of euler, but its solver is {DPMPP_2M}: set "
-                f"{name} to {plain:g}, or solver to ddim (euler)."
-            )
-
-
-def _check_flow(refinement: Refinement, solver: str) -> None:
-    """Raises ValueError for settings that the inversion of flow models does not have."""
-    changed = {"solver": (solver, EULER)}
-    changed |= {name: (value, getattr(PLAIN, name)) for name, value in refinement._asdict().items()}
-    for name, (value, plain) in changed.items():
-        if value != plain and name != "iterations":
-            shown = "ddim (euler)" if name == "solver" else f"{plain:g}"
-            raise ValueError(
-                f"DDIM Inversion's {name} {value} is for models that predict noise or v, but this MODEL predicts a "
-                f"flow: set {name} to {shown}; iterations reconstruct a flow better too."
+                f"DDIM Inversion's {name} {value:g} refines the steps of ddim, but its solver is {solver}: set {name} "
+                f"to {plain:g}, or solver to ddim (euler) where the MODEL predicts noise or v."
             )
 
 

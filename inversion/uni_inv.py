@@ -2,7 +2,8 @@
 
 The exact inverse of an Euler step is implicit: x' = x + (s' - s) v(x', s') asks for the velocity at the state still to
 be found. Uni-Inv takes it at x + (s' - s) v of the step before, which costs nothing: one evaluation a step, and one
-more at the first. DNAEdit (2506.01430) walks the same way from a first guess drawn as noise. Pure torch.
+more at the first. Models that predict noise or v are inverted so as well, in the host's sampler space, where DDIM's
+step is Euler's too. DNAEdit (2506.01430) walks the same way from a first guess drawn as noise. Pure torch.
 """
 
 from __future__ import annotations

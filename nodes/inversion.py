@@ -11,7 +11,7 @@ from ..host.cost import metered
 from ..host.model import noise_latent
 from ..host.refusals import check_no_mask
 from ..host.trajectory import DPMPP_2M, EULER
-from ..inversion.run import Guidance, Refinement, ddim_sigmas, invert, record
+from ..inversion.run import UNI_INV, Guidance, Refinement, ddim_sigmas, invert, record
 from . import sockets
 from .telling import HIDDEN, tell
 from .widgets import (
@@ -25,7 +25,7 @@ from .widgets import (
 )
 
 LEADING = "ddim (diffusers leading)"
-SOLVERS = {"ddim (euler)": EULER, DPMPP_2M: DPMPP_2M}
+SOLVERS = {"ddim (euler)": EULER, DPMPP_2M: DPMPP_2M, "uni-inv (euler)": UNI_INV}
 DDIM, *_ = SOLVERS
 
 
@@ -123,8 +123,9 @@ class DDIMInversion(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "Which sampler to run backwards. dpmpp_2m reconstructs much better at the same cost, without "
-                        "iterations: Edit Sampler then takes it by itself, elsewhere choose the sampler dpmpp_2m."
+                        "How to step. uni-inv reconstructs best for its cost, one model call more a run; flow models "
+                        "always have it. dpmpp_2m does so for that sampler, without iterations: Edit Sampler takes it "
+                        "by itself, elsewhere choose the sampler dpmpp_2m."
                     ),
                 ),
             ],

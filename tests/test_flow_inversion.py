@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import comfy.sample
@@ -13,12 +14,13 @@ from torch import Tensor
 from flows import FLOWS, Flow
 from palimpsest.host.model import noise_latent
 from palimpsest.host.trajectory import DPMPP_2M, Trajectory
-from palimpsest.inversion.run import Guidance, Refinement, ddim_sigmas, invert, record, resample
+from palimpsest.inversion.run import UNI_INV, Guidance, Refinement, ddim_sigmas, invert, record, resample
 from palimpsest.nodes.exact import EDICTInversion, EditFriendlyInversion, OBELMInversion
 from palimpsest.nodes.inversion import DDIMInversion
 from palimpsest.nodes.null_text import NullTextInversion
+from reference import in_float64
 from test_flow_edit import CFG, SEED, STEPS, Denoise, Parts, close, every_flow
-from tiny import execute
+from tiny import Tiny, execute
 
 
 def inverted(parts: Parts, iterations: int = 0) -> Trajectory:
@@ -165,9 +167,31 @@ def test_settings_of_noise_alone_are_refused() -> None:
     def invert_with(refinement: Refinement, solver: str = "euler") -> None:
         invert(parts.model, Guidance(parts.source), parts.image, parts.sigmas, refinement, solver)
 
-    with pytest.raises(ValueError, match="DDIM Inversion's kl 20 is for models that predict noise or v"):
+    with pytest.raises(ValueError, match="DDIM Inversion's kl 20 refines the steps of ddim, but its solver is uni-inv"):
         invert_with(Refinement(kl=20))
     with pytest.raises(ValueError, match="DDIM Inversion's average 2 .* set average to 1"):
         invert_with(Refinement(average=2))
-    with pytest.raises(ValueError, match=r"solver dpmpp_2m .* set solver to ddim \(euler\)"):
+    with pytest.raises(ValueError, match=r"solver dpmpp_2m .* MODEL \(Flux\) predicts a flow: set solver to uni-inv"):
         invert_with(Refinement(), DPMPP_2M)
+
+
+def test_uni_inv_on_a_unet() -> None:
+    """Its loop in the sampler's space, where DDIM's step is Euler's."""
+    tiny = Tiny()
+    denoise = estimates(tiny)
+    ours = invert(tiny.model, Guidance(tiny.source), tiny.image, tiny.sigmas, solver=UNI_INV)
+    levels = tiny.sigmas.double().flip(0).tolist()
+    x = tiny.trajectory.states[-1].double()
+    v = (x - denoise(x, levels[1])) / levels[1]
+    for sigma, above in zip(levels, levels[1:], strict=False):
+        guess = x + (above - sigma) * v
+        v = (guess - denoise(guess, above)) / above
+        x = x + (above - sigma) * v
+    assert close(ours.states[0], x.float(), 1e-4)
+    assert ours.sampler == "euler"
+
+
+def estimates(tiny: Tiny) -> Callable[[Tensor, float], Tensor]:
+    """The source's denoised estimate in float64."""
+    _, eps = in_float64(tiny.model)
+    return lambda x, sigma: x - sigma * eps(x, torch.tensor(sigma).double(), tiny.source, {})
