@@ -120,8 +120,9 @@ class Call:
             supplied = image(chunks.index(self.source))
             self.before = joint.where.start
             if self.awaited(rule, chunks):
-                unread = {name: None for name in Inputs._fields if name not in rule.reads}
-                self.kept[layer] = supplied._replace(**unread)
+                # Copies of what is read: a view would keep the whole layer's tensors until the target's call.
+                fields = {name: t.clone() if name in rule.reads else None for name, t in supplied._asdict().items()}
+                self.kept[layer] = Inputs(**fields)
         else:
             supplied = self.kept[layer]
         if architecture_of(model).turned and (by := joint.where.start - self.before):
