@@ -50,6 +50,7 @@ from ..host.trajectory import DPMPP_2M, Trajectory
 from ..host.unet import decoder_from_second
 from ..inversion.diffedit import Settings as Differences
 from ..inversion.diffedit import difference_mask
+from ..inversion.flow_edit import edit_image
 from ..inversion.null_text import Settings as NullText
 from ..inversion.null_text import null_text
 from ..inversion.replay import invert_edict, invert_edit_friendly, invert_obelm
@@ -257,9 +258,14 @@ def p2p_masked(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
 
 def masked(batch: Batch, inverted: Inverted, model: ModelPatcher) -> ModelPatcher:
     """The source outside DiffEdit's mask, at the nodes' defaults."""
+    blend = LocalBlend(None, 0, None, 0.3, 0.3, 0.0, 1, differing(batch), False)
+    return attach_blend(model, inverted.trajectory, blend)
+
+
+def differing(batch: Batch) -> Tensor:
+    """DiffEdit's mask [b, h, w], at the node's defaults."""
     settings = Differences(0.5, 10, 3.0, batch.arguments.seed)
-    mask = (difference_mask(batch.model, batch.source, batch.target, batch.latent, settings) > 0.3).float()
-    return attach_blend(model, inverted.trajectory, LocalBlend(None, 0, None, 0.3, 0.3, 0.0, 1, mask, False))
+    return (difference_mask(batch.model, batch.source, batch.target, batch.latent, settings) > 0.3).float()
 
 
 def proximal(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
@@ -320,14 +326,12 @@ GRID += [(inversion, "P2P") for inversion in ABLATIONS]
 INVERSIONS |= ABLATIONS
 UPON = dict.fromkeys(("drifting DDIM", "negative prompt", NULL_TEXT, *ABLATIONS), DDIM)
 UPON["null text, of the source alone"] = NULL_TEXT
-STRENGTHS = (0.4, 0.6, 0.8)
-RECIPES = [f"SDEdit at {strength:g}" for strength in STRENGTHS] + [" + ".join(pair) for pair in GRID]
 
 
 def edit(batch: Batch, recipe: str) -> tuple[Tensor, Spent]:
     """The edited latents [b, c, h, w]. Raises ValueError where an inversion and an editor refuse each other."""
-    if recipe.startswith("SDEdit"):
-        return spending(batch.cost, lambda: sdedit(batch, float(recipe.split()[-1])))
+    if recipe in UNINVERTED:
+        return spending(batch.cost, lambda: UNINVERTED[recipe](batch))
     inversion, editor = recipe.split(" + ")
     inverted, before = batch.inverted(inversion)
 
@@ -339,11 +343,35 @@ def edit(batch: Batch, recipe: str) -> tuple[Tensor, Spent]:
     return latent, together(before, spent)
 
 
-def sdedit(batch: Batch, strength: float) -> Tensor:
-    """The host's img2img: the image noised to where the last steps begin, then sampled (arXiv 2108.01073)."""
+def img2img(batch: Batch, strength: float, model: ModelPatcher, mask: Tensor | None = None) -> Tensor:
+    """The image noised to where the last steps begin, then sampled by the host."""
     sigmas = batch.sigmas[round((1 - strength) * batch.arguments.steps) :]
-    guider = Guidance(batch.target, batch.negative, batch.cfg).guider(batch.model)
-    return guider.sample(batch.noise(), batch.latent, euler(), sigmas, seed=0).cpu()
+    guider = Guidance(batch.target, batch.negative, batch.cfg).guider(model)
+    return guider.sample(batch.noise(), batch.latent, euler(), sigmas, mask, seed=0).cpu()
+
+
+def sdedit(strength: float, batch: Batch) -> Tensor:
+    """arXiv 2108.01073"""
+    return img2img(batch, strength, batch.model)
+
+
+def flow_edit(strength: float, batch: Batch) -> Tensor:
+    """arXiv 2412.08629"""
+    return img2img(batch, strength, edit_image(batch.model, batch.source, batch.latent))
+
+
+def flow_edit_masked(strength: float, batch: Batch) -> Tensor:
+    """Within DiffEdit's mask, as Set Latent Noise Mask puts it there."""
+    mask = differing(batch)[:, None]
+    return img2img(batch, strength, edit_image(batch.model, batch.source, batch.latent, mask=mask), mask)
+
+
+UNINVERTED: dict[str, Callable[[Batch], Tensor]] = {
+    **{f"SDEdit at {strength:g}": partial(sdedit, strength) for strength in (0.4, 0.6, 0.8)},
+    **{f"Flow Edit at {strength:g}": partial(flow_edit, strength) for strength in (0.7, 0.9)},
+    "Flow Edit at 0.9, DiffEdit's mask": partial(flow_edit_masked, 0.9),
+}
+RECIPES = [*UNINVERTED, *(" + ".join(pair) for pair in GRID)]
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
