@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
 import comfy.ops
+import nodes as host_nodes
 import pytest
 import torch
 from comfy.ldm.flux.model import Flux
+from torch import Tensor
 
-from palimpsest.demo import flow, train_flow
+from palimpsest.demo import flow, run, scenes, train_flow
 
 
 @pytest.fixture
@@ -36,3 +40,34 @@ def test_gelu_and_its_slope() -> None:
         torch.testing.assert_close(train_flow.Gelu.apply(x), expected)
         slopes = [torch.autograd.grad(y.sum(), x)[0] for y in (train_flow.Gelu.apply(x), expected)]
         torch.testing.assert_close(*slopes)
+
+
+def test_the_file_is_small() -> None:
+    assert flow.FLOW_WEIGHTS.stat().st_size < 14e6
+
+
+def test_the_host_asks_the_model_what_it_was_trained_to_answer(demo: tuple) -> None:
+    """Same weights, timesteps, cut conditionings and pooled outputs."""
+    trained, model = train_flow.Velocity(), flow.load_flow()
+    shipped, _ = run.shipped(flow.FLOW_WEIGHTS)
+    trained.load_state_dict({key: value.float() for key, value in shipped.items()})
+    captions = [scenes.sample(random.Random(seed)).caption for seed in range(3)] + [""]
+    noisy = torch.randn(1, 16, 16, 16)
+    for caption, text, pooled in zip(captions, *conditionings(captions), strict=True):
+        sigma = torch.tensor([random.random()])
+        conds = model.model.extra_conds(**hosts(demo, caption), noise=noisy, device="cpu")
+        given = {key: cond.cond for key, cond in conds.items()}
+        assert given.keys() == {"c_crossattn", "y"}
+        torch.testing.assert_close(given["c_crossattn"], text[None].float(), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(given["y"], pooled[None], rtol=1e-4, atol=1e-4)
+        expected = noisy - sigma * trained(noisy, sigma, given["c_crossattn"], given["y"])
+        torch.testing.assert_close(model.model.apply_model(noisy, sigma, **given), expected, rtol=1e-4, atol=1e-4)
+
+
+def conditionings(captions: list[str]) -> tuple[Tensor, Tensor]:
+    return train_flow.Conditionings().of(captions)
+
+
+def hosts(demo: tuple, caption: str) -> dict:
+    [[tokens, options]] = host_nodes.CLIPTextEncode().encode(demo[1], caption)[0]
+    return {"cross_attn": tokens, **options}
