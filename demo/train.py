@@ -4,7 +4,7 @@
 `diffusion` train for the minutes they are given, in as many sessions as one likes: each resumes from its checkpoint,
 else from the weights that the pack ships (or from scratch, where `--fresh` asks for it), and `--decay` in the last
 session lets the learning rate fall along a cosine to zero. `export` writes the averaged weights to the file that the
-pack loads.
+pack loads. The flow model has stages of its own, on the same scenes: `flow`, `flow-preview` and `flow-export`.
 """
 
 from __future__ import annotations
