@@ -228,7 +228,9 @@ def varied(case: Edit, rng: random.Random) -> tuple[scenes.Scene, scenes.Scene]:
 
 def encode(clip, captions: list[str]) -> list:
     """One CONDITIONING entry for a batch of captions."""
-    return [torch.cat([clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0] for text in captions]), {}]
+    (encoded,) = zip(*(clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in captions), strict=True)
+    pooled = torch.cat([options["pooled_output"] for _, options in encoded])
+    return [torch.cat([tokens for tokens, _ in encoded]), {"pooled_output": pooled}]
 
 
 def measure(image: np.ndarray, case: Edit) -> Score:

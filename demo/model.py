@@ -156,11 +156,11 @@ def load(path: Path = WEIGHTS) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VA
     """The model, its text encoder and its autoencoder as the host's objects, in fp32."""
     weights = comfy.utils.load_torch_file(str(path), safe_load=True)
     autoencoder = Autoencoder().eval().requires_grad_(False)
-    autoencoder.load_state_dict(_part(weights, "vae."))
+    autoencoder.load_state_dict(part(weights, "vae."))
     return _load_unet(weights, autoencoder), _load_clip(weights), _load_vae(autoencoder)
 
 
-def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value.float() for key, value in weights.items() if key.startswith(prefix)}
 
 
@@ -169,7 +169,7 @@ def _load_unet(weights: dict[str, Tensor], autoencoder: Autoencoder) -> ModelPat
     config.set_inference_dtype(torch.float32, None)
     offload_device = comfy.model_management.unet_offload_device()
     model = config.get_model(weights, device=offload_device)
-    model.diffusion_model.load_state_dict(_part(weights, "unet."))
+    model.diffusion_model.load_state_dict(part(weights, "unet."))
     return ModelPatcher(model, comfy.model_management.get_torch_device(), offload_device)
 
 
@@ -177,13 +177,17 @@ def _load_clip(weights: dict[str, Tensor]) -> comfy.sd.CLIP:
     tokenizer = partial(DemoTokenizer, weights["text.ids"].tolist())
     target = comfy.supported_models_base.ClipTarget(tokenizer, comfy.sd1_clip.SD1ClipModel)
     clip = comfy.sd.CLIP(target, model_options={"clip_l_model_config": TEXT, "dtype": torch.float32})
-    text = _part(weights, "text.model.")
+    text = part(weights, "text.model.")
     tokens = weights["text.tokens"].float()
     # Only the words of scene captions were trained; every other token is their mean.
     table = tokens.mean(0).repeat(clip.cond_stage_model.clip_l.transformer.get_input_embeddings().num_embeddings, 1)
     table[weights["text.ids"].long()] = tokens
     text["embeddings.token_embedding.weight"] = table
-    clip.cond_stage_model.clip_l.transformer.text_model.load_state_dict(text)
+    transformer = clip.cond_stage_model.clip_l.transformer
+    transformer.text_model.load_state_dict(text)
+    torch.nn.init.eye_(
+        transformer.text_projection.weight
+    )  # nothing was trained on it: the host leaves it as it finds it
     return clip
 
 

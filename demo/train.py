@@ -4,7 +4,7 @@
 `diffusion` train for the minutes they are given, in as many sessions as one likes: each resumes from its checkpoint,
 else from the weights that the pack ships (or from scratch, where `--fresh` asks for it), and `--decay` in the last
 session lets the learning rate fall along a cosine to zero. `export` writes the averaged weights to the file that the
-pack loads.
+pack loads. The flow model has stages of its own, on the same scenes: `flow`, `flow-preview` and `flow-export`.
 """
 
 from __future__ import annotations
@@ -13,34 +13,26 @@ import argparse
 import copy
 import json
 import math
-import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import comfy.ops
 import numpy as np
 import torch
-from comfy.clip_model import CLIPTextModel
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
-from comfy.sd1_clip import SDTokenizer
-from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from . import data, scenes
-from .model import CHANNELS, PATCH, SIZE, TEXT, UNET, WEIGHTS, Autoencoder
-from .muon import Muon
+from . import data
+from .model import CHANNELS, PATCH, SIZE, UNET, WEIGHTS, Autoencoder
+from .run import CAPTION_DROPOUT, CHECKPOINTS, ENCODER, Run, fitted_autoencoder, save, save_pictures
 from .team import Team
+from .text import TextEncoder, attention
+from .train_flow import export_flow, preview_flow, train_flow
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
-ENCODER = CHECKPOINTS / "encoder.pt"
 DECODER_BATCH = 16
-CAPTION_DROPOUT = 0.12
-PREFIXES = {"diffusion": "", "decoder": "vae.decoder."}  # of each stage's weights in the shipped file
 TIMESTEPS = 1000
 ALPHA_BAR = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64) ** 2, 0).float()
 
@@ -59,58 +51,6 @@ class Operations(comfy.ops.disable_weight_init):
             parts = zip(x.split(128, 1), self.weight.split(128, 1), strict=True)
             first, *others = (conv2d(part, weight, None, self.stride, self.padding) for part, weight in parts)
             return sum(others, first) + self.bias.to(first.dtype).view(-1, 1, 1)
-
-
-def attention(_: object, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **__) -> Tensor:
-    """Attention written out: in training it is several times as fast on a processor as the host's fused one."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT
-    if mask is not None:
-        scores = scores + mask
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-
-
-class TextEncoder(nn.Module):
-    """The host's CLIP text model with only the token rows that scene captions use.
-
-    Its forward pass is the host's written without in-place additions, which autograd refuses.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        tokenizer = SDTokenizer(embedding_size=TEXT["hidden_size"])
-        self.tokenizer = tokenizer.tokenizer
-        self.padding = tokenizer.pad_token
-        self.ids = sorted({token for word in scenes.WORDS for token in self.tokenizer(word)["input_ids"]})
-        self.row = {token: row for row, token in enumerate(self.ids)}
-        self.tokens = nn.Parameter(torch.randn(len(self.ids), TEXT["hidden_size"]) * 0.3)
-        self.model = CLIPTextModel(TEXT, torch.float32, "cpu", comfy.ops.disable_weight_init).text_model
-        self.model.embeddings.token_embedding = None
-        for name, parameter in self.model.named_parameters():
-            if "layer_norm" in name:
-                nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
-            elif parameter.ndim == 1:
-                nn.init.zeros_(parameter)
-            elif "embedding" in name:
-                nn.init.normal_(parameter, std=0.1)
-            else:
-                nn.init.xavier_uniform_(parameter)
-
-    def rows(self, captions: list[str]) -> Tensor:
-        """The captions' token rows, [n, 77] uint8."""
-        length, rows = TEXT["max_position_embeddings"], []
-        for caption in captions:
-            tokens = self.tokenizer(caption)["input_ids"]
-            rows.append([self.row[token] for token in tokens + [self.padding] * (length - len(tokens))])
-        return torch.tensor(rows, dtype=torch.uint8)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        x = self.tokens[rows.long()] + self.model.embeddings.position_embedding.weight
-        mask = torch.full((x.shape[1], x.shape[1]), -math.inf).triu(1)
-        for layer in self.model.encoder.layers:
-            x = x + layer.self_attn(layer.layer_norm1(x), mask, lambda *args, **kw: attention(None, *args, **kw))
-            x = x + layer.mlp(layer.layer_norm2(x))
-        return self.model.final_layer_norm(x)
 
 
 class Denoiser(nn.Module):
@@ -147,120 +87,6 @@ def initialise(module: nn.Module) -> None:
         elif isinstance(layer, nn.GroupNorm | nn.LayerNorm):
             nn.init.ones_(layer.weight)
             nn.init.zeros_(layer.bias)
-
-
-class Run:
-    """One stage's training: optimisers, schedule, averaged weights and checkpoint."""
-
-    def __init__(self, name: str, module: nn.Module, fresh: bool = False) -> None:
-        self.path = CHECKPOINTS / f"{name}.pt"
-        self.name, self.module, self.step, self.losses, self.memory = name, module, 0, [], 0.0
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        matrices = [p for n, p in module.named_parameters() if is_hidden_matrix(n, p)]
-        inner = {id(p) for p in matrices}
-        rest = [p for p in self.parameters if id(p) not in inner]
-        # A step of an orthogonal matrix may be four times as large.
-        self.optimizers = {
-            Muon(matrices, lr=0.0): 4.0,
-            torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.01, fused=True): 1.0,
-        }
-        self.use_parameters()
-        if fresh:
-            return
-        if self.path.exists():
-            saved = torch.load(self.path)
-            module.load_state_dict(saved["module"])
-            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            self.average, self.step = saved["average"], saved["step"]
-            print(f"{name}: checkpoint after step {self.step}", flush=True)
-        elif WEIGHTS.exists():
-            weights, steps = shipped()
-            prefix = PREFIXES[name]
-            module.load_state_dict({key: weights[prefix + key].float() for key in module.state_dict()})
-            self.step = steps[name]
-            self.use_parameters()
-            print(f"{name}: the shipped weights, after step {self.step}", flush=True)
-        else:
-            raise SystemExit(f"there are no {name} weights yet: train that stage first, with --fresh")
-
-    def steps(self, minutes: float, rate: float, decay: bool) -> Iterator[int]:
-        """Step numbers until the time is up; the caller fills the gradients and calls `update` once for each."""
-        first, start, saved = self.step, time.monotonic(), 0.0
-        self.memory = 0.998 if decay else 0.9995  # weights that settle need less averaging
-        while (spent := (time.monotonic() - start) / 60) < minutes:
-            share = (1 + math.cos(math.pi * spent / minutes)) / 2 if decay else 1.0
-            for optimizer, factor in self.optimizers.items():
-                optimizer.param_groups[0]["lr"] = rate * factor * share * min(1.0, (self.step - first + 1) / 100)
-            yield self.step
-            if self.step % 50 == 0:
-                print(f"step {self.step}: {spent:.1f} min, loss {np.mean(self.losses):.4f}", flush=True)
-                self.losses.clear()
-            if spent - saved > 4:
-                saved = spent
-                self.save()
-        self.save()
-
-    def update(self, loss: float) -> None:
-        """A step along the gradients that the parameters hold."""
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.losses.append(loss)
-        kept = min(self.memory, (self.step + 1) / (self.step + 20))
-        with torch.no_grad():
-            torch._foreach_lerp_(self.average, self.parameters, 1 - kept)
-
-    def use_parameters(self) -> None:
-        self.average = [p.detach().clone() for p in self.parameters]
-
-    def use_average(self) -> None:
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.average)
-
-    def save(self) -> None:
-        state = {
-            "module": self.module.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "average": self.average,
-            "step": self.step,
-        }
-        save(state, self.path)
-
-
-def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Weights between two hidden layers: neither embeddings nor what first reads or last writes."""
-    ends = ("unet.input_blocks.0.", "unet.out.", "text.tokens")
-    return parameter.ndim > 1 and not name.startswith(ends) and "embedding" not in name
-
-
-def save(state: dict, path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
-
-
-def shipped() -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The weights that the pack ships, and how many steps each stage had taken."""
-    with safe_open(WEIGHTS, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["steps"])  # noqa: SIM118
-
-
-def fitted_autoencoder() -> Autoencoder:
-    """The encoder as fitted here or as shipped; the decoder untrained."""
-    autoencoder = Autoencoder()
-    if ENCODER.exists():
-        encoder = torch.load(ENCODER)
-    elif WEIGHTS.exists():
-        weights, _ = shipped()
-        encoder = {name: weights[f"vae.{name}"].float() for name in ("mean", "basis")}
-    else:
-        raise SystemExit("there is no encoder yet: run the stage encoder first")
-    autoencoder.load_state_dict(encoder, strict=False)
-    return autoencoder
 
 
 def fit_encoder() -> None:
@@ -379,10 +205,8 @@ def preview(captions: list[str], output: Path, cfg: float, steps: int, seed: int
             noise = (latent - now.sqrt() * guess) / (1 - now).sqrt()
             latent = then.sqrt() * guess + (1 - then).sqrt() * noise
     with torch.no_grad():
-        pixels = autoencoder.decode(guess).clamp(-1, 1)
-    lines = [torch.cat([*line], 2) for line in pixels.split(8)]
-    Image.fromarray(((torch.cat(lines, 1).movedim(0, -1) + 1) * 127.5).byte().numpy()).save(output)
-    print(output)
+        pixels = autoencoder.decode(guess)
+    save_pictures(pixels, output)
 
 
 def export() -> None:
@@ -400,12 +224,12 @@ def export() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="dev.py train", description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("data", "encoder", "decoder", "diffusion", "preview", "export"))
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--scenes", type=int, default=60000, help="of data: how many")
     parser.add_argument("--processes", type=int, default=2, help="that render or train at once")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--batch", type=int, default=32, help="of diffusion")
+    parser.add_argument("--batch", type=int, default=32, help="of diffusion and flow")
     parser.add_argument("--decay", action="store_true", help="let the rate fall to zero by the end")
     parser.add_argument("--fresh", action="store_true", help="start from scratch")
     parser.add_argument("--guesses", action="store_true", help="of decoder: train it on the denoiser's pictures too")
@@ -424,12 +248,19 @@ def main() -> None:
         train_decoder(*training, arguments.guesses, arguments.processes)
     elif arguments.stage == "diffusion":
         train_diffusion(*training, arguments.batch, arguments.processes)
+    elif arguments.stage == "flow":
+        train_flow(*training, arguments.batch, arguments.processes)
     elif arguments.stage == "preview":
         preview(arguments.captions, arguments.output, arguments.cfg, arguments.steps, arguments.seed)
-    else:
+    elif arguments.stage == "flow-preview":
+        preview_flow(arguments.captions, arguments.output, arguments.cfg, arguments.steps, arguments.seed)
+    elif arguments.stage == "export":
         export()
+    else:
+        export_flow()
 
 
+STAGES = ("data", "encoder", "decoder", "diffusion", "preview", "export", "flow", "flow-preview", "flow-export")
 CAPTIONS = [
     "a photo of a red cat on a meadow",
     "a photo of a dog with a hat facing right on a beach",

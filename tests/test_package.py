@@ -25,8 +25,9 @@ import palimpsest
 
 extension = asyncio.run(palimpsest.comfy_entrypoint())
 asyncio.run(extension.get_node_list())
-from palimpsest.demo import model
+from palimpsest.demo import flow, model
 model.load()
+flow.load_flow()
 
 folder = Path(palimpsest.__file__).parent
 held = {path for path in folder.rglob("*.py")}

@@ -1,0 +1,94 @@
+"""The embedded flow model: its training forward, its loader, and what the host's own nodes draw with it."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import comfy.ops
+import nodes as host_nodes
+import pytest
+import torch
+from comfy.ldm.flux.model import Flux
+from torch import Tensor
+
+from palimpsest.demo import flow, run, scenes, score, train_flow
+
+
+@pytest.fixture
+def random_velocity() -> train_flow.Velocity:
+    velocity = train_flow.Velocity()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in velocity.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(parameter.shape) ** 0.5)
+    return velocity
+
+
+def test_the_training_forward_is_the_hosts(random_velocity: train_flow.Velocity) -> None:
+    host = Flux(**flow.FLUX, operations=comfy.ops.disable_weight_init)
+    host.load_state_dict(random_velocity.state_dict())
+    noisy, text, pooled = torch.randn(3, 16, 16, 16), torch.randn(3, flow.TEXT_TOKENS, 128), torch.randn(3, 128)
+    time = torch.tensor([0.01, 0.5, 1.0])
+    expected = host(noisy, time, text, pooled)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(random_velocity(noisy, time, text, pooled), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gelu_and_its_slope() -> None:
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.linspace(-6, 6, 101, dtype=torch.float64, requires_grad=True)
+        expected = torch.nn.functional.gelu(x, approximate="tanh")
+        torch.testing.assert_close(train_flow.Gelu.apply(x), expected)
+        slopes = [torch.autograd.grad(y.sum(), x)[0] for y in (train_flow.Gelu.apply(x), expected)]
+        torch.testing.assert_close(*slopes)
+
+
+def test_the_file_is_small() -> None:
+    assert flow.FLOW_WEIGHTS.stat().st_size < 14e6
+
+
+def test_the_host_asks_the_model_what_it_was_trained_to_answer(demo: tuple) -> None:
+    """Same weights, timesteps, cut conditionings and pooled outputs."""
+    trained, model = train_flow.Velocity(), flow.load_flow()
+    shipped, _ = run.shipped(flow.FLOW_WEIGHTS)
+    trained.load_state_dict({key: value.float() for key, value in shipped.items()})
+    captions = [scenes.sample(random.Random(seed)).caption for seed in range(3)] + [""]
+    noisy = torch.randn(1, 16, 16, 16)
+    for caption, text, pooled in zip(captions, *conditionings(captions), strict=True):
+        sigma = torch.rand(1)
+        conds = model.model.extra_conds(**hosts(demo, caption), noise=noisy, device="cpu")
+        given = {key: cond.cond for key, cond in conds.items()}
+        assert given.keys() == {"c_crossattn", "y"}
+        torch.testing.assert_close(given["c_crossattn"], text[None].float(), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(given["y"], pooled[None], rtol=1e-4, atol=1e-4)
+        expected = noisy - sigma * trained(noisy, sigma, given["c_crossattn"], given["y"])
+        torch.testing.assert_close(model.model.apply_model(noisy, sigma, **given), expected, rtol=1e-4, atol=1e-4)
+
+
+def conditionings(captions: list[str]) -> tuple[Tensor, Tensor]:
+    return train_flow.Conditionings().of(captions)
+
+
+def hosts(demo: tuple, caption: str) -> dict:
+    [[tokens, options]] = host_nodes.CLIPTextEncode().encode(demo[1], caption)[0]
+    return {"cross_attn": tokens, **options}
+
+
+@pytest.mark.slow
+def test_the_hosts_own_nodes_draw_what_is_asked_for(demo: tuple) -> None:
+    _, clip, vae = demo
+    model, rng, right = flow.load_flow(), random.Random("held out"), Counter()
+    (negative,) = host_nodes.CLIPTextEncode().encode(clip, "")
+    for seed in range(DRAWN):
+        scene = scenes.sample(rng, pair=False)
+        (positive,) = host_nodes.CLIPTextEncode().encode(clip, scene.caption)
+        latent = {"samples": torch.zeros(1, 16, 16, 16)}
+        prompts = positive, negative
+        (latent,) = host_nodes.KSampler().sample(model, seed, 20, 3.0, "euler", "simple", *prompts, latent)
+        (image,) = host_nodes.VAEDecode().decode(vae, latent)
+        right.update(word for word, so in score.judge(image[0].numpy(), scene).items() if so)
+    assert {word: right[word] for word in LEAST if right[word] < LEAST[word]} == {}
+
+
+DRAWN = 10
+LEAST = {"style": 8, "place": 8, "time": 8, "look": 4}
