@@ -37,17 +37,17 @@ from ..demo import edits as demo_edits
 from ..demo import model as demo_model
 from ..demo import scenes
 from ..demo.edits import EDITS, Edit
+from ..demo.flow import FLOW_WEIGHTS, load_flow
 from ..demo.outcomes import Outcomes
 from ..guidance.cross_attention import CrossAttentionGuidance
 from ..guidance.proximal import INVERSION, Proximal
-from ..host.blocks import last_layers
+from ..host.blocks import last_layers, layout_blocks
 from ..host.cost import Cost, metered
 from ..host.guide import attach_guide
 from ..host.guided import attach_rule
-from ..host.model import noise_latent
+from ..host.model import is_unet, noise_latent
 from ..host.source import attach, attach_blend
 from ..host.trajectory import DPMPP_2M, Trajectory
-from ..host.unet import decoder_from_second
 from ..inversion.diffedit import Settings as Differences
 from ..inversion.diffedit import difference_mask
 from ..inversion.flow_edit import edit_image
@@ -274,8 +274,8 @@ def proximal(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
 
 
 def pnp(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
-    decoder = decoder_from_second(batch.model.model.diffusion_model)
-    rule = PlugAndPlay(tuple(decoder[:1]), tuple(decoder), 0.8, 0.5)
+    layout = tuple(layout_blocks(batch.model.model.diffusion_model))
+    rule = PlugAndPlay(layout[:1] if is_unet(batch.model) else (), layout, 0.8, 0.5)
     return attach(batch.model, inverted.trajectory, rule), batch.target
 
 
@@ -401,6 +401,7 @@ class Row(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=WEIGHTS, default="unet", help="the demo model to edit with")
     parser.add_argument("--edits", type=int, default=200, help="how many, of the ten kinds in turn")
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--steps", type=int, default=20)
@@ -412,13 +413,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, default=Path("truth"), help="where results go, and are gone on from")
 
 
+WEIGHTS = {"unet": demo_model.WEIGHTS, "flow": FLOW_WEIGHTS}
 SETTINGS = ("edits", "batch", "steps", "cfg", "cross", "self_", "seed")
 
 
 def run(arguments: argparse.Namespace) -> None:
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    weights = hashlib.sha256(demo_model.WEIGHTS.read_bytes()).hexdigest()[:12]
+    weights = hashlib.sha256(WEIGHTS[arguments.model].read_bytes()).hexdigest()[:12]
     settings = {name: getattr(arguments, name) for name in SETTINGS} | {"weights": weights}
     check_settings(folder / "settings.json", settings)
     chosen = [name for name in RECIPES if any(text in name for text in arguments.only or [""])]
@@ -426,6 +428,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"No recipe holds {' or '.join(arguments.only)}; there are: {'; '.join(RECIPES)}.")
     results = Results(folder / "edits.csv")
     cases, loaded = draw_cases(arguments.edits, arguments.seed), demo_model.load()
+    if arguments.model == "flow":
+        loaded = load_flow(), *loaded[1:]
     comfy.utils.PROGRESS_BAR_ENABLED = False
     with tqdm(total=len(cases) * len(chosen), unit="edit") as bar:
         for first in range(0, len(cases), arguments.batch):
