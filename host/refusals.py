@@ -101,6 +101,15 @@ def check_latent(model: ModelPatcher, samples: Tensor) -> None:
         raise ValueError("The latent holds NaN or infinite values: check the image and the VAE Encode node before it.")
 
 
+def check_noised(model: ModelPatcher, noise: Tensor, sigmas: Tensor) -> None:
+    """Raises ValueError for a run that would begin at 0 whatever its latent, as a flow's does at sigma 1."""
+    if is_flow(model) and sigmas[0] >= 1 and not noise.any():
+        raise ValueError(
+            "At sigma 1 a model that predicts a flow sees nothing of latent_image, and without added noise there is "
+            "nothing else: switch add_noise on in Record Trajectory, or sample an inversion with Edit Sampler."
+        )
+
+
 def check_deterministic(sampler: Sampler, sigmas: Tensor) -> None:
     """Raises ValueError for samplers that draw fresh noise (ancestral, SDE): no trajectory fits their path."""
     if isinstance(sampler, KSAMPLER) and _draws_noise(sampler, sigmas):

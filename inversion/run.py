@@ -30,6 +30,7 @@ from ..host.refusals import (
     check_every_call,
     check_inverted,
     check_latent,
+    check_noised,
     check_same_answer,
     check_same_model,
     check_unguided,
@@ -231,6 +232,7 @@ def record(
         raise ValueError("Record Trajectory was given no sigmas: set denoise to 1 in the scheduler node.")
     check_latent(model, samples)
     check_deterministic(sampler, sigmas)
+    check_noised(model, noise, sigmas)
     check_every_call(model, "Record Trajectory")
     schedule = sigmas.cpu()
     states: dict[int, Tensor] = {}

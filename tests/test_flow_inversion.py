@@ -16,7 +16,7 @@ from palimpsest.host.model import noise_latent
 from palimpsest.host.trajectory import DPMPP_2M, Trajectory
 from palimpsest.inversion.run import UNI_INV, Guidance, Refinement, ddim_sigmas, invert, record, resample
 from palimpsest.nodes.exact import EDICTInversion, EditFriendlyInversion, OBELMInversion
-from palimpsest.nodes.inversion import DDIMInversion
+from palimpsest.nodes.inversion import DDIMInversion, RecordTrajectory
 from palimpsest.nodes.null_text import NullTextInversion
 from reference import in_float64
 from test_flow_edit import CFG, SEED, STEPS, Denoise, Parts, close, every_flow
@@ -195,3 +195,13 @@ def estimates(tiny: Tiny) -> Callable[[Tensor, float], Tensor]:
     """The source's denoised estimate in float64."""
     _, eps = in_float64(tiny.model)
     return lambda x, sigma: x - sigma * eps(x, torch.tensor(sigma).double(), tiny.source, {})
+
+
+def test_recording_without_noise_where_the_latent_counts_for_nothing() -> None:
+    parts = Parts(FLOWS["Flux"])
+    inputs = {"model": parts.model, "positive": parts.source, "negative": parts.negative, "cfg": CFG}
+    inputs |= {"sampler": comfy.samplers.sampler_object("euler"), "latent_image": {"samples": parts.image}}
+    with pytest.raises(ValueError, match="At sigma 1 a model that predicts a flow sees nothing of latent_image"):
+        execute(RecordTrajectory, **inputs, add_noise=False, sigmas=parts.sigmas)
+    trajectory, *_ = execute(RecordTrajectory, **inputs, add_noise=False, sigmas=parts.sigmas[2:])
+    assert torch.equal(trajectory.sigmas, parts.sigmas[2:])
