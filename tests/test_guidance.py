@@ -314,8 +314,12 @@ def test_proximal_guidance_at_its_ends(tiny: Tiny) -> None:
 
 
 def test_each_image_of_a_batch_has_its_own_threshold() -> None:
+    """Without a pull, whose mask is all or nothing: where a batch rounds otherwise, a value at its edge falls aside."""
     tiny = Tiny(batch=2)
-    rule = Proximal(0.6, 0.5, 0.0, INVERSION)
+    rule = Proximal(0.6, 0.0, 0.0, INVERSION)
+    scale = torch.tensor([1.0, 5.0]).view(2, 1, 1, 1)
+    difference = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * scale
+    assert torch.equal(rule.unchanged(difference), torch.cat([rule.unchanged(one[None]) for one in difference]))
     result = tiny.sample(attach_rule(tiny.model, rule, tiny.trajectory))
     for i in range(2):
         trajectory = tiny.trajectory._replace(states=tiny.trajectory.states[:, i : i + 1])
