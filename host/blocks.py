@@ -97,6 +97,5 @@ def named(blocks: list[Block]) -> str:
             else:
                 runs.append([number])
         spans = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-        if numbers:
-            parts.append(side if side == "middle" else f"{side} {spans}")
+        parts.append(side if side == "middle" else f"{side} {spans}")
     return "; ".join(parts)

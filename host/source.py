@@ -169,10 +169,8 @@ class _Run:
         return {key: value for key, value in self.guider.conds[KEY][0].items() if key not in OWN or key in own}
 
     @property
-    def negative(self) -> dict | None:
-        """The processed prompt by which the source's prediction is guided; None where it is not."""
-        if self.branch.cfg == 1:
-            return None
+    def negative(self) -> dict:
+        """The processed prompt by which the source's prediction is guided."""
         check_source_negative(self.guider.conds.get("negative"))
         return {key: value for key, value in self.guider.conds["negative"][0].items() if key not in OWN}
 

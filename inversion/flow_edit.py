@@ -5,7 +5,7 @@ sum less the image, and the velocities' difference (d - Delta) / sigma. Where a 
 noise, the same formula samples the target with what the source's own steps lack added to its.
 
 FlowAlign (arXiv 2505.23145) is FlowEdit with the source's prompt as the target's negative, and `pull` zeta > 0: each
-step gives back zeta of the difference of the two denoised estimates (its equation 12).
+step gives back zeta of the difference of the two denoised estimates.
 """
 
 from __future__ import annotations

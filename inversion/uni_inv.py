@@ -1,4 +1,4 @@
-"""Uni-Inv (arXiv 2504.13109, algorithm 1): inversion of flow models with the last step's velocity as a first guess.
+"""Uni-Inv (arXiv 2504.13109): inversion of flow models with the last step's velocity as a first guess.
 
 The exact inverse of an Euler step is implicit: x' = x + (s' - s) v(x', s') asks for the velocity at the state still to
 be found. Uni-Inv takes it at x + (s' - s) v of the step before, which costs nothing: one evaluation a step, and one

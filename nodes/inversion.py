@@ -123,7 +123,7 @@ class DDIMInversion(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "How to step. uni-inv reconstructs best for its cost, one model call more a run; flow models "
+                        "How to step. uni-inv reconstructs much better for one model call more a run; flow models "
                         "always have it. dpmpp_2m does so for that sampler, without iterations: Edit Sampler takes it "
                         "by itself, elsewhere choose the sampler dpmpp_2m."
                     ),

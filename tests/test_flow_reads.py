@@ -66,10 +66,22 @@ def attention(
 
 
 class PairLoop(OwnSampler):
-    """Euler with each prompt in a call of its own; from the source's it keeps what the others' layers take."""
+    """Euler with each prompt in a call of its own; from the source's it keeps what the others' layers take.
 
-    def __init__(self, flow: Flow, trajectory: Trajectory, layers: list[int], taken: tuple[int, ...]) -> None:
+    union: whether that stands beside their own. residual: whether what the source's own step lacks is added.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        trajectory: Trajectory,
+        layers: list[int],
+        taken: tuple[int, ...],
+        union: bool = False,
+        residual: bool = False,
+    ) -> None:
         self.flow, self.trajectory, self.layers, self.taken = flow, trajectory, layers, taken
+        self.union, self.residual = union, residual
 
     def walk(self, run: Run) -> Tensor:
         model, flow = run.guider.inner_model, self.flow
@@ -83,7 +95,10 @@ class PairLoop(OwnSampler):
             def take(block: int, tensors: list[Tensor], kept: dict = kept) -> None:
                 if block in self.layers:
                     for at in self.taken:
-                        image_of(flow, tensors[at]).copy_(kept[block][at])
+                        if self.union:
+                            tensors[at] = torch.cat([tensors[at], kept[block][at]], 2 if flow.split else 1)
+                        else:
+                            image_of(flow, tensors[at]).copy_(kept[block][at])
 
             def estimate(prompt: str, state: Tensor, change: Callable, sigma: float = sigma) -> Tensor:
                 options = run.model_options["transformer_options"]
@@ -92,17 +107,22 @@ class PairLoop(OwnSampler):
                     sigmas = state.new_full((len(state),), sigma)
                     return calc_cond_batch(model, [run.guider.conds[prompt]], state, sigmas, model_options)[0]
 
-            estimate("source", self.trajectory.states[i].to(x), keep)
+            state, after = (self.trajectory.states[at].to(x) for at in (i, i + 1))
+            of_source = estimate("source", state, keep)
             positive, negative = estimate("positive", x, take), estimate("negative", x, take)
             denoised = negative + CFG * (positive - negative)
             x = x + (below - sigma) * (x - denoised) / sigma
+            if self.residual:
+                x = x + after - state - (below - sigma) * (state - of_source) / sigma
         return x
 
 
-def pair(parts: Parts, flow: Flow, trajectory: Trajectory, layers: list[int], taken: tuple[int, ...]) -> Tensor:
+def pair(
+    parts: Parts, flow: Flow, trajectory: Trajectory, layers: list[int], taken: tuple[int, ...], **kinds: bool
+) -> Tensor:
     guider = comfy.samplers.CFGGuider(parts.model)
     guider.inner_set_conds({"positive": parts.target, "negative": parts.negative, "source": parts.source})
-    loop = PairLoop(flow, trajectory, layers, taken)
+    loop = PairLoop(flow, trajectory, layers, taken, **kinds)
     return guider.sample(torch.zeros_like(parts.image), parts.image, loop, parts.sigmas, disable_pbar=True, seed=0)
 
 
@@ -183,14 +203,9 @@ def test_union_attends_to_both_images(name: str) -> None:
     parts, trajectory = setting(flow)
     (edited,) = execute(MasaCtrlNode, model=parts.model, trajectory=trajectory, start=0.0, first_layer=1, union=True)
     ours = resample(edited, trajectory, Guidance(parts.target, parts.negative, CFG))
-    (alone,) = execute(MasaCtrlNode, model=parts.model, trajectory=trajectory, start=0.0, first_layer=1)
-    without = resample(alone, trajectory, Guidance(parts.target, parts.negative, CFG))
-    assert not close(ours, without, 1e-3)
-    # Where source and target are one, keys that stand there twice weigh no other than once.
-    guidance = Guidance(parts.source)
-    part = trajectory._replace(states=trajectory.states[:2], sigmas=trajectory.sigmas[:2])
-    if flow.order == "image":
-        assert close(resample(edited, part, guidance), resample(parts.model, part, guidance), 1e-5)
+    layers = list(range(len(blocks_of(parts.model.model.diffusion_model, flow))))[1:]
+    assert close(ours, pair(parts, flow, trajectory, layers, KV, union=True), 1e-4)
+    assert not close(ours, pair(parts, flow, trajectory, layers, KV), 1e-3)
 
 
 def test_keys_of_a_prompt_of_another_length_are_turned() -> None:
@@ -234,12 +249,14 @@ def test_beside_flow_edit_on_one_row(name: str) -> None:
     flow = FLOWS[name]
     parts, trajectory = setting(flow)
     edited = edit_trajectory(parts.model, trajectory)
-    (both,) = execute(MasaCtrlNode, model=edited, trajectory=trajectory, start=0.0)
+    (both,) = execute(MasaCtrlNode, model=edited, trajectory=trajectory, start=0.0, first_layer=1)
     both, cost = metered(both)
     guidance = Guidance(parts.target, parts.negative, CFG)
     result = resample(both, trajectory, guidance)
     assert sum(cost.rows) == 3 * STEPS
-    assert not close(result, resample(edited, trajectory, guidance), 1e-3)
+    layers = list(range(len(blocks_of(parts.model.model.diffusion_model, flow))))[1:]
+    assert close(result, pair(parts, flow, trajectory, layers, KV, residual=True), 2e-4)
+    assert not close(result, pair(parts, flow, trajectory, layers, KV), 1e-3)
 
 
 def test_another_packs_attention_is_called_beneath() -> None:
