@@ -9,7 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .alignment import Carry, Words, readable, specials
+from ..host.words import Words, readable, specials
+from .alignment import Carry
 
 CELL, SMALLEST_CELL, SIDE = 24, 2, 2000  # pixels; cells shrink where all of them together would be wider than SIDE
 GAP = 6

@@ -5,12 +5,12 @@ from __future__ import annotations
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 
-from ..host.conditioning import copied
-from ..host.refusals import check_unet
-from ..host.source import attach
-from ..host.store import AttentionStore
-from ..host.tokens import prompt_words
-from ..host.trajectory import Trajectory
+from ..host.branch.source import attach
+from ..host.files.conditioning import copied
+from ..host.files.store import AttentionStore
+from ..host.files.trajectory import Trajectory
+from ..host.run.refusals import check_unet
+from ..host.run.tokens import prompt_words
 from .alignment import PromptEdit, resolve, same_prompt
 from .p2p import PRESETS, PromptToPrompt, Settings
 from .phrases import gains, windows

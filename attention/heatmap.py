@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..host.maps import map_size
-from ..host.store import AttentionStore
+from ..host.branch.maps import map_size
+from ..host.files.store import AttentionStore
 
 RAMP = [(0.0, 0.0, 0.2), (0.3, 0.05, 0.5), (0.8, 0.2, 0.35), (1.0, 0.6, 0.1), (1.0, 1.0, 0.7)]  # from cold to hot
 

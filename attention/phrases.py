@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..host.quote import quoted, shortened
-from .alignment import PromptEdit, Words, carry_over, find_words
+from ..host.words import Words, find_words
+from .alignment import PromptEdit, carry_over
 
 WINDOW = "lion:0.4 or lion:0.1-0.4"
 LISTED = 400  # signs of the words that are offered: all those of a prompt that fits into one chunk of tokens

@@ -12,10 +12,12 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider
 from torch import Tensor
 
+from ..host.branch.maps import token_maps
+from ..host.branch.source import KEY
+from ..host.files.store import AttentionStore
+from ..host.files.trajectory import Trajectory
 from ..host.layer import Block, Inputs, Layer
-from ..host.maps import token_maps
-from ..host.patches import layer_of, with_enter, with_measure
-from ..host.refusals import (
+from ..host.run.refusals import (
     check_every_call,
     check_one_size,
     check_positions_kept,
@@ -25,12 +27,10 @@ from ..host.refusals import (
     check_unet,
     check_unguided,
 )
-from ..host.sampler import OwnSampler, Run
-from ..host.shortcuts import uncompiled
-from ..host.source import KEY
-from ..host.store import AttentionStore
-from ..host.trajectory import Trajectory
-from ..host.unet import residual_hooks
+from ..host.run.sampler import OwnSampler, Run
+from ..host.run.shortcuts import uncompiled
+from ..host.unet.patches import layer_of, with_enter, with_measure
+from ..host.unet.tree import residual_hooks
 from .p2p import NEVER, Window
 
 MAP_POSITIONS = 32**2  # greatest h * w of the layers whose word maps are kept

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .alignment import Words, carry_over
+from ..host.words import Words
+from .alignment import carry_over
 
 KEPT, SWAPPED, NEW, DROPPED = "kept", "swapped", "new", "dropped"
 

@@ -34,12 +34,12 @@ from ..demo import scenes, score
 from ..demo.edits import Edit
 from ..guidance.cross_attention import CrossAttentionGuidance
 from ..guidance.direction import Embedded, apply, direction_between
-from ..host.blocks import last_layers
-from ..host.guide import attach_guide
-from ..host.model import noise_latent
-from ..host.source import attach, attach_blend
-from ..host.tokens import prompt_words
-from ..host.unet import decoder_from_second
+from ..host.branch.blocks import last_layers
+from ..host.branch.guide import attach_guide
+from ..host.branch.source import attach, attach_blend
+from ..host.run.model import noise_latent
+from ..host.run.tokens import prompt_words
+from ..host.unet.tree import decoder_from_second
 from ..inversion.ddim import leading_sigmas
 from ..inversion.run import Guidance, invert, record
 from .picture import decode, sample, save_grid

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..attention.masactrl import MasaCtrl
 from ..attention.pnp import PlugAndPlay
-from ..host.blocks import attention_blocks, attention_layers
-from ..host.model import identity
-from ..host.source import attach
-from ..host.trajectory import Trajectory
+from ..host.branch.blocks import attention_blocks, attention_layers
+from ..host.branch.source import attach
+from ..host.files.trajectory import Trajectory
+from ..host.run.model import identity
 from .p2p import CLEAR_REFS, CPU, Measure, Roomy, ThreeRows, measure
 
 SIDE = 128  # of the latent, in positions: 1024 pixels

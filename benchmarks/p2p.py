@@ -27,12 +27,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..attention.alignment import END, START, Words, carry_over, words
+from ..attention.alignment import carry_over
 from ..attention.p2p import PromptToPrompt, Window
 from ..attention.record import Recording, record_attention
-from ..host.model import identity
-from ..host.source import attach
-from ..host.trajectory import Trajectory
+from ..host.branch.source import attach
+from ..host.files.trajectory import Trajectory
+from ..host.run.model import identity
+from ..host.words import END, START, Words, words
 from ..inversion.ddim import leading_sigmas
 from .architectures import CONFIGS, UNETS
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..demo import model as demo_model
 from ..demo import scenes
-from ..host.model import noise_latent
+from ..host.run.model import noise_latent
 from ..inversion.ddim import leading_sigmas
 from ..inversion.null_text import Settings, null_text
 from ..inversion.run import Guidance, invert

@@ -14,9 +14,9 @@ import torch
 from ..attention.pnp import PlugAndPlay
 from ..demo import model as demo_model
 from ..demo import scenes
-from ..host.cost import metered
-from ..host.source import attach
-from ..host.unet import decoder_from_second
+from ..host.branch.source import attach
+from ..host.run.cost import metered
+from ..host.unet.tree import decoder_from_second
 from ..inversion.ddim import leading_sigmas
 from ..inversion.run import Guidance, invert, resample
 from ..inversion.virtual import PRESETS, invert_virtually, schedule

@@ -41,13 +41,13 @@ from ..demo.flow import FLOW_WEIGHTS, load_flow
 from ..demo.outcomes import Outcomes
 from ..guidance.cross_attention import CrossAttentionGuidance
 from ..guidance.proximal import INVERSION, Proximal
-from ..host.blocks import last_layers, layout_blocks
-from ..host.cost import Cost, metered
-from ..host.guide import attach_guide
-from ..host.guided import attach_rule
-from ..host.model import is_unet, noise_latent
-from ..host.source import attach, attach_blend
-from ..host.trajectory import DPMPP_2M, Trajectory
+from ..host.branch.blocks import last_layers, layout_blocks
+from ..host.branch.guide import attach_guide
+from ..host.branch.guided import attach_rule
+from ..host.branch.source import attach, attach_blend
+from ..host.files.trajectory import DPMPP_2M, Trajectory
+from ..host.run.cost import Cost, metered
+from ..host.run.model import is_unet, noise_latent
 from ..inversion.diffedit import Settings as Differences
 from ..inversion.diffedit import difference_mask
 from ..inversion.flow_edit import edit_image

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..host.storage import Format, read, write
+from ..host.files.storage import Format, read, write
 
 FORMAT = Format("palimpsest.edit_direction/1", "edit direction", "Save Edit Direction")
 

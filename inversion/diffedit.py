@@ -18,10 +18,10 @@ from comfy.model_patcher import ModelPatcher
 from comfy.samplers import calc_cond_batch
 from torch import Tensor
 
-from ..host.memory import copies_at_once
-from ..host.model import fitting
-from ..host.refusals import check_every_call, check_latent
-from ..host.sampler import OwnSampler, Run
+from ..host.run.memory import copies_at_once
+from ..host.run.model import fitting
+from ..host.run.refusals import check_every_call, check_latent
+from ..host.run.sampler import OwnSampler, Run
 from .run import Guidance, check_unedited, host_sample
 
 NODE = "Difference Mask"

@@ -1,8 +1,8 @@
 """FlowEdit (arXiv 2412.08629): the target moves by the difference of two velocities, each at a state of its own.
 
-Algorithm 1 in the host's terms is `host.virtual`: z_edit is the image plus d, z_src the image under noise, z_tar their
-sum less the image, and the velocities' difference (d - Delta) / sigma. Where a trajectory gives z_src in place of fresh
-noise, the same formula samples the target with what the source's own steps lack added to its.
+Algorithm 1 in the host's terms is `host.branch.virtual`: z_edit is the image plus d, z_src the image under noise, z_tar
+their sum less the image, and the velocities' difference (d - Delta) / sigma. Where a trajectory gives z_src in place of
+fresh noise, the same formula samples the target with what the source's own steps lack added to its.
 
 FlowAlign (arXiv 2505.23145) is FlowEdit with the source's prompt as the target's negative, and `pull` zeta > 0: each
 step gives back zeta of the difference of the two denoised estimates.
@@ -15,11 +15,11 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..host.conditioning import SEED, copied
-from ..host.model import fitting, noised
-from ..host.refusals import check_every_call, check_latent
-from ..host.trajectory import Trajectory
-from ..host.virtual import Path, Virtual, attach_virtual
+from ..host.branch.virtual import Path, Virtual, attach_virtual
+from ..host.files.conditioning import SEED, copied
+from ..host.files.trajectory import Trajectory
+from ..host.run.model import fitting, noised
+from ..host.run.refusals import check_every_call, check_latent
 from .run import Guidance, as_trajectory, check_unedited
 
 NODE = "Flow Edit"

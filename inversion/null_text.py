@@ -20,11 +20,12 @@ from comfy.samplers import sampler_object
 from comfy.utils import repeat_to_batch_size
 from torch import Tensor
 
-from ..host.call import NEGATIVE, POSITIVE, estimate
-from ..host.conditioning import copied
-from ..host.gradients import constant_control, differentiable, gradients, refusing
-from ..host.model import noise_latent
-from ..host.refusals import (
+from ..host.branch.call import NEGATIVE, POSITIVE, estimate
+from ..host.files.conditioning import copied
+from ..host.files.trajectory import EULER, Trajectory
+from ..host.files.unfinished import Unfinished
+from ..host.run.model import noise_latent
+from ..host.run.refusals import (
     check_attention,
     check_every_call,
     check_one_gpu,
@@ -34,10 +35,9 @@ from ..host.refusals import (
     check_unet,
     check_unguided,
 )
-from ..host.sampler import OwnSampler, Run
-from ..host.timed import timed
-from ..host.trajectory import EULER, Trajectory
-from ..host.unfinished import Unfinished
+from ..host.run.sampler import OwnSampler, Run
+from ..host.run.timed import timed
+from ..host.unet.gradients import constant_control, differentiable, gradients, refusing
 from .run import Guidance, asked_twice, check_unedited, record, sample
 
 NODE = "Null Text Inversion"

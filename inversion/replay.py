@@ -8,10 +8,10 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..host.refusals import check_replay
-from ..host.sampler import OwnSampler, Run
-from ..host.source import with_state
-from ..host.trajectory import Trajectory
+from ..host.branch.source import with_state
+from ..host.files.trajectory import Trajectory
+from ..host.run.refusals import check_replay
+from ..host.run.sampler import OwnSampler, Run
 from . import edict, obelm
 from .ddim import first_noise
 from .ddim import step_up as ddim_step_up

@@ -15,9 +15,12 @@ from comfy.sample import prepare_noise
 from comfy.samplers import CFGGuider, Sampler, calculate_sigmas, sampler_object
 from torch import Tensor
 
-from ..host.alone import Conds, mixes_prompts
-from ..host.conditioning import SEED, copied
-from ..host.model import (
+from ..host.branch.source import KEY, STATE, check_same_states
+from ..host.branch.virtual import virtual_of
+from ..host.files.conditioning import SEED, copied
+from ..host.files.trajectory import DPMPP_2M, EULER, Trajectory, sigma_index
+from ..host.run.alone import Conds, mixes_prompts
+from ..host.run.model import (
     add_outermost,
     check_noise_predicted,
     fitting,
@@ -25,7 +28,7 @@ from ..host.model import (
     is_flow,
     start_of,
 )
-from ..host.refusals import (
+from ..host.run.refusals import (
     check_deterministic,
     check_every_call,
     check_inverted,
@@ -36,10 +39,7 @@ from ..host.refusals import (
     check_unguided,
     check_unmixed,
 )
-from ..host.sampler import OwnSampler, Run
-from ..host.source import KEY, STATE, check_same_states
-from ..host.trajectory import DPMPP_2M, EULER, Trajectory, sigma_index
-from ..host.virtual import virtual_of
+from ..host.run.sampler import OwnSampler, Run
 from .ddim import first_noise, leading_sigmas, step_up
 from .dpm_solver import Evaluation, multistep
 from .fixed_point import fixed_point_step

@@ -1,6 +1,6 @@
 """An image as a trajectory without a run of the network: the image itself, with noise on it at every sigma.
 
-Edits without inversion go from there (`host.virtual`), each method by one of the host's samplers:
+Edits without inversion go from there (`host.branch.virtual`), each method by one of the host's samplers:
 
 InfEdit (arXiv 2312.04965), section 3, "virtual inversion": `lcm`, noise drawn anew for each step.
 FlowEdit (arXiv 2412.08629), algorithm 1: `euler`; noise drawn anew for each step, or the same throughout.
@@ -17,10 +17,10 @@ import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..host.model import fitting, noised
-from ..host.refusals import check_every_call, check_latent
-from ..host.trajectory import Trajectory
-from ..host.virtual import Path, Virtual, attach_virtual
+from ..host.branch.virtual import Path, Virtual, attach_virtual
+from ..host.files.trajectory import Trajectory
+from ..host.run.model import fitting, noised
+from ..host.run.refusals import check_every_call, check_latent
 from .run import Guidance, as_trajectory, check_unedited
 
 NODE = "Virtual Inversion"

@@ -11,12 +11,13 @@ import folder_paths
 from aiohttp import web
 from comfy.sd1_clip import SD1Tokenizer
 
-from ..attention.alignment import ALIGNMENTS, Words, resolve
+from ..attention.alignment import ALIGNMENTS, resolve
 from ..attention.word_pairs import told, word_pairs
 from ..demo.model import WEIGHTS
 from ..demo.tokenizer import DemoTokenizer, known_tokens
 from ..host.quote import shortened
-from ..host.tokens import Tokens, prompt_words, unknown_words
+from ..host.run.tokens import Tokens, prompt_words, unknown_words
+from ..host.words import Words
 
 VIEW = "palimpsest_words"  # key among the outputs that the frontend is sent
 LONGEST = 2000  # signs of a prompt; the time that an alignment takes grows with the square

@@ -8,8 +8,8 @@ from torch.nn.functional import interpolate
 
 from ..attention.local_blend import LocalBlend
 from ..attention.phrases import changed_columns, phrase_columns, split_phrases
-from ..host.live import Live
-from ..host.source import attach_blend
+from ..host.branch.source import attach_blend
+from ..host.run.live import Live
 from . import sockets
 from .widgets import drawn, fraction
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host import conditioning as conditionings
+from ..host.files import conditioning as conditionings
 from . import files
 from .telling import tell
 from .widgets import saved_file, saved_name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..guidance.cross_attention import CrossAttentionGuidance
-from ..host.guide import attach_guide
+from ..host.branch.guide import attach_guide
 from . import sockets
 from .widgets import fraction
 

@@ -7,8 +7,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..host.cost import Cost, metered
-from ..host.trajectory import Trajectory
+from ..host.files.trajectory import Trajectory
+from ..host.run.cost import Cost, metered
 from ..inversion.replay import invert_edict, invert_edit_friendly, invert_obelm
 from ..inversion.run import Guidance, ddim_sigmas, karras_sigmas
 from . import sockets

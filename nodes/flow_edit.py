@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host.trajectory import Trajectory
+from ..host.files.trajectory import Trajectory
 from ..inversion.flow_edit import NODE, edit_image, edit_trajectory
 from . import sockets
 from .widgets import encoded, encoder

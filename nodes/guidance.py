@@ -8,9 +8,9 @@ from comfy_api.latest import io
 
 from ..guidance.negative_prompt import NPI, PRESETS, SCHEDULES, Mixture
 from ..guidance.proximal import INVERSION, PULLS, Proximal
-from ..host.guided import attach_rule
-from ..host.negatives import attach_mixture
-from ..host.trajectory import Trajectory
+from ..host.branch.guided import attach_rule
+from ..host.branch.negatives import attach_mixture
+from ..host.files.trajectory import Trajectory
 from . import sockets
 from .widgets import fraction
 

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ..attention.masactrl import MasaCtrl
 from ..attention.pnp import PRESETS, READS, PlugAndPlay
-from ..host.blocks import attention_blocks as blocks_of_attention
-from ..host.blocks import last_layers, layers_in, layout_blocks, parse_blocks
-from ..host.model import is_unet
-from ..host.refusals import check_readable, check_unet
-from ..host.source import attach
-from ..host.trajectory import Trajectory
-from ..host.unet import blocks_with
+from ..host.branch.blocks import attention_blocks as blocks_of_attention
+from ..host.branch.blocks import last_layers, layers_in, layout_blocks, parse_blocks
+from ..host.branch.source import attach
+from ..host.files.trajectory import Trajectory
+from ..host.run.model import is_unet
+from ..host.run.refusals import check_readable, check_unet
+from ..host.unet.tree import blocks_with
 from . import sockets
 from .widgets import drawn, fraction
 

@@ -7,10 +7,10 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io
 
-from ..host.cost import metered
-from ..host.model import noise_latent
-from ..host.refusals import check_no_mask
-from ..host.trajectory import DPMPP_2M, EULER
+from ..host.files.trajectory import DPMPP_2M, EULER
+from ..host.run.cost import metered
+from ..host.run.model import noise_latent
+from ..host.run.refusals import check_no_mask
 from ..inversion.run import UNI_INV, Guidance, Refinement, ddim_sigmas, invert, record
 from . import sockets
 from .telling import HIDDEN, tell

@@ -5,10 +5,11 @@ from __future__ import annotations
 import comfy.utils
 from comfy_api.latest import io
 
-from ..attention.alignment import PromptEdit, Words, same_prompt
+from ..attention.alignment import PromptEdit, same_prompt
 from ..attention.heatmap import colored, word_heat
 from ..attention.phrases import prompt_columns, split_phrases
-from ..host.store import AttentionStore
+from ..host.files.store import AttentionStore
+from ..host.words import Words
 from . import sockets
 from .widgets import fraction
 

@@ -6,8 +6,8 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io
 
-from ..host.cost import metered
-from ..host.model import noise_latent
+from ..host.run.cost import metered
+from ..host.run.model import noise_latent
 from ..inversion.error_plot import error_plot
 from ..inversion.null_text import Settings, check, check_pivot, distances, null_text
 from ..inversion.run import Guidance, record

@@ -7,9 +7,9 @@ from comfy_api.latest import io
 from ..attention import alignment_picture
 from ..attention.alignment import ALIGNMENTS, carry_over, join, same_prompt
 from ..attention.editing import rewrite
-from ..host.conditioning import copied
+from ..host.files.conditioning import copied
 from ..host.quote import shortened
-from ..host.tokens import unknown_words
+from ..host.run.tokens import unknown_words
 from . import alignment_view, sockets
 from .telling import HIDDEN, tell
 

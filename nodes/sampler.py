@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..host.cost import metered
-from ..host.sampler import told_mismatch
+from ..host.run.cost import metered
+from ..host.run.sampler import told_mismatch
 from ..inversion.run import Guidance, resample
 from . import sockets
 from .telling import HIDDEN, tell

@@ -8,10 +8,10 @@ from comfy_api.latest import io, ui
 
 from ..attention.p2p import Window
 from ..attention.record import Recording, record_attention
-from ..host.cost import metered
-from ..host.refusals import check_same_model, check_unet
-from ..host.store import AttentionStore
-from ..host.unet import decoder_from_second
+from ..host.files.store import AttentionStore
+from ..host.run.cost import metered
+from ..host.run.refusals import check_same_model, check_unet
+from ..host.unet.tree import decoder_from_second
 from . import files, sockets
 from .telling import HIDDEN, tell
 from .widgets import fraction, noise_and_sigmas, noise_and_sigmas_of, saved_file, saved_name

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host.refusals import check_same_model
-from ..host.trajectory import Trajectory
+from ..host.files.trajectory import Trajectory
+from ..host.run.refusals import check_same_model
 from . import files, sockets
 from .telling import tell
 from .widgets import noise_and_sigmas, noise_and_sigmas_of, saved_file, saved_name

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..attention.viewer import components, self_attention
-from ..host.blocks import named, parse_blocks
+from ..host.branch.blocks import named, parse_blocks
+from ..host.files.store import AttentionStore
 from ..host.layer import Layer
-from ..host.refusals import check_same_model
-from ..host.store import AttentionStore
-from ..host.unet import attention_of
+from ..host.run.refusals import check_same_model
+from ..host.unet.tree import attention_of
 from . import sockets
 
 FEATURES, SELF_ATTENTION = "features", "self-attention"

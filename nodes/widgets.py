@@ -7,10 +7,10 @@ from comfy.sd import VAE
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..host.cost import Cost
-from ..host.model import noise_latent
-from ..host.refusals import check_no_mask
-from ..host.trajectory import EULER, Trajectory
+from ..host.files.trajectory import EULER, Trajectory
+from ..host.run.cost import Cost
+from ..host.run.model import noise_latent
+from ..host.run.refusals import check_no_mask
 from . import files
 
 GREY_LEVEL = 1 / 255

@@ -12,7 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import V_PREDICTION
 from torch import Tensor
 
-from palimpsest.host.trajectory import Trajectory
+from palimpsest.host.files.trajectory import Trajectory
 
 MapEdit = Callable[[int, Tensor, Tensor], Tensor]
 After = Callable[[int, Tensor, dict[str, list[Tensor]]], Tensor]

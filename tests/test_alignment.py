@@ -11,19 +11,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from palimpsest.attention import alignment_picture
-from palimpsest.attention.alignment import (
-    Carry,
-    PromptEdit,
-    Words,
-    align,
-    carry_over,
-    find_words,
-    join,
-    resolve,
-    specials,
-    words,
-)
-from palimpsest.host.tokens import prompt_words
+from palimpsest.attention.alignment import Carry, PromptEdit, align, carry_over, join, resolve
+from palimpsest.host.run.tokens import prompt_words
+from palimpsest.host.words import Words, find_words, specials, words
 from palimpsest.nodes.prompt import BatchPromptEdits
 from tiny import pieces
 

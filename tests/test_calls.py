@@ -18,7 +18,7 @@ from comfy_extras.nodes_slg import SkipLayerGuidanceDiTSimple
 from nodes import ConditioningSetMask, ConditioningSetTimestepRange
 from torch import Tensor
 
-from palimpsest.host.source import attach, attach_blend
+from palimpsest.host.branch.source import attach, attach_blend
 from test_composition import blend, edit, stored
 from test_source import split
 from tiny import Tiny, conditioning, execute, rows_of, tiny_model

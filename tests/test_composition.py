@@ -26,9 +26,9 @@ from palimpsest.attention.masactrl import MasaCtrl
 from palimpsest.attention.p2p import PromptToPrompt, Window
 from palimpsest.attention.pnp import PlugAndPlay
 from palimpsest.attention.record import Recording, record_attention
+from palimpsest.host.branch.source import attach, attach_blend
+from palimpsest.host.files.store import AttentionStore
 from palimpsest.host.layer import Edit, Inputs, Layer, Read
-from palimpsest.host.source import attach, attach_blend
-from palimpsest.host.store import AttentionStore
 from palimpsest.inversion.run import Guidance, invert, record
 from tiny import UNET, Tiny, conditioning, rows_of, tiny_model
 

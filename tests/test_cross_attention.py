@@ -16,11 +16,11 @@ from palimpsest.attention.local_blend import LocalBlend
 from palimpsest.attention.pnp import PlugAndPlay
 from palimpsest.guidance.cross_attention import CrossAttentionGuidance
 from palimpsest.guidance.negative_prompt import CONSTANT, Mixture
-from palimpsest.host.guide import attach_guide
-from palimpsest.host.model import add_outermost
-from palimpsest.host.negatives import attach_mixture
-from palimpsest.host.source import attach, attach_blend
-from palimpsest.host.unet import all_layers
+from palimpsest.host.branch.guide import attach_guide
+from palimpsest.host.branch.negatives import attach_mixture
+from palimpsest.host.branch.source import attach, attach_blend
+from palimpsest.host.run.model import add_outermost
+from palimpsest.host.unet.tree import all_layers
 from palimpsest.inversion.run import Guidance, invert
 from palimpsest.nodes.cross_attention import TWO, CrossAttentionGuidanceNode
 from reference import explicit, in_float64

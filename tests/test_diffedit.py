@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
 from palimpsest.demo import scenes
-from palimpsest.host import memory
+from palimpsest.host.run import memory
 from palimpsest.inversion.diffedit import Settings, difference_mask
 from palimpsest.nodes.diffedit import DifferenceMask
 from palimpsest.nodes.prompt import PromptEdit

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from palimpsest.benchmarks.edits import encode
 from palimpsest.demo import scenes
-from palimpsest.host.source import attach
-from palimpsest.host.trajectory import DPMPP_2M, EULER, Trajectory
+from palimpsest.host.branch.source import attach
+from palimpsest.host.files.trajectory import DPMPP_2M, EULER, Trajectory
 from palimpsest.inversion.ddim import leading_sigmas
 from palimpsest.inversion.dpm_solver import Evaluation, multistep
 from palimpsest.inversion.null_text import Settings, null_text

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.attention.record import Recording, record_attention
-from palimpsest.host.source import attach, attach_blend
+from palimpsest.host.branch.source import attach, attach_blend
 from palimpsest.inversion.ddim import leading_sigmas
 from palimpsest.inversion.edict import Pair, step_down, step_up
 from palimpsest.inversion.replay import EDICTSampler, invert_edict

@@ -9,7 +9,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from palimpsest.attention.pnp import PlugAndPlay
-from palimpsest.host.source import attach, attach_blend
+from palimpsest.host.branch.source import attach, attach_blend
 from palimpsest.inversion.ddim import leading_sigmas
 from palimpsest.inversion.edit_friendly import independent_states, posterior
 from palimpsest.inversion.replay import EditFriendlySampler, invert_edit_friendly

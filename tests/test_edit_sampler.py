@@ -18,11 +18,11 @@ from torch import Tensor
 from palimpsest.demo import scenes
 from palimpsest.guidance.negative_prompt import LINEAR, Mixture
 from palimpsest.guidance.proximal import INVERSION, Proximal
-from palimpsest.host.guided import attach_rule
-from palimpsest.host.model import noise_latent
-from palimpsest.host.negatives import attach_mixture
-from palimpsest.host.source import attach, attach_blend
-from palimpsest.host.trajectory import Trajectory
+from palimpsest.host.branch.guided import attach_rule
+from palimpsest.host.branch.negatives import attach_mixture
+from palimpsest.host.branch.source import attach, attach_blend
+from palimpsest.host.files.trajectory import Trajectory
+from palimpsest.host.run.model import noise_latent
 from palimpsest.inversion.null_text import Settings, null_text
 from palimpsest.inversion.replay import invert_edict, invert_edit_friendly, invert_obelm
 from palimpsest.inversion.run import Guidance, invert, resample

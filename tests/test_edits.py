@@ -12,7 +12,7 @@ import torch
 from palimpsest.benchmarks import edits
 from palimpsest.benchmarks.picture import sample
 from palimpsest.demo import scenes, score
-from palimpsest.host.model import noise_latent
+from palimpsest.host.run.model import noise_latent
 from palimpsest.inversion.ddim import leading_sigmas
 from palimpsest.inversion.run import Guidance, invert
 from palimpsest.nodes.demo import DemoScene

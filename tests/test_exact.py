@@ -9,7 +9,7 @@ import torch
 from comfy.model_base import ModelType
 from comfy.samplers import Sampler
 
-from palimpsest.host.source import attach
+from palimpsest.host.branch.source import attach
 from test_ddim import relative
 from test_edict import inverted as by_edict
 from test_edit_friendly import INJECTION

@@ -14,8 +14,8 @@ from comfy.samplers import CFGGuider, calc_cond_batch
 from torch import Tensor
 
 from flows import FLOWS, Flow
-from palimpsest.host.cost import metered
-from palimpsest.host.sampler import OwnSampler, Run
+from palimpsest.host.run.cost import metered
+from palimpsest.host.run.sampler import OwnSampler, Run
 from palimpsest.inversion.flow_edit import edit_image, edit_trajectory
 from palimpsest.inversion.run import Guidance, ddim_sigmas, invert, resample
 from palimpsest.inversion.virtual import PRESETS, invert_virtually, schedule

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from flows import FLOWS, Flow
-from palimpsest.host.model import noise_latent
-from palimpsest.host.trajectory import DPMPP_2M, Trajectory
+from palimpsest.host.files.trajectory import DPMPP_2M, Trajectory
+from palimpsest.host.run.model import noise_latent
 from palimpsest.inversion.run import UNI_INV, Guidance, Refinement, ddim_sigmas, invert, record, resample
 from palimpsest.nodes.exact import EDICTInversion, EditFriendlyInversion, OBELMInversion
 from palimpsest.nodes.inversion import DDIMInversion, RecordTrajectory

@@ -12,12 +12,12 @@ from comfy.samplers import calc_cond_batch
 from torch import Tensor, nn
 
 from flows import FLOWS, Flow
-from palimpsest.host.blocks import VITAL_BLOCKS, attention_layers, last_layers, layers_in, parse_blocks
-from palimpsest.host.cost import metered
-from palimpsest.host.dit import dit_blocks, turned
-from palimpsest.host.sampler import OwnSampler, Run
-from palimpsest.host.source import attach_blend
-from palimpsest.host.trajectory import Trajectory
+from palimpsest.host.branch.blocks import VITAL_BLOCKS, attention_layers, last_layers, layers_in, parse_blocks
+from palimpsest.host.branch.source import attach_blend
+from palimpsest.host.dit.architectures import dit_blocks, turned
+from palimpsest.host.files.trajectory import Trajectory
+from palimpsest.host.run.cost import metered
+from palimpsest.host.run.sampler import OwnSampler, Run
 from palimpsest.inversion.flow_edit import edit_trajectory
 from palimpsest.inversion.run import Guidance, invert, resample
 from palimpsest.nodes.blend import LocalBlendNode

@@ -20,7 +20,7 @@ from comfy_extras.nodes_freelunch import Fourier_filter, FreeU_V2
 from comfy_extras.nodes_hypernetwork import load_hypernetwork_patch
 from torch import Tensor
 
-from palimpsest.host.model import identity
+from palimpsest.host.run.model import identity
 from palimpsest.inversion.null_text import Settings, null_text
 from test_composition import Node, adapter, lora, lora_weights, patched
 from test_cross_attention import guided, watched

@@ -37,14 +37,14 @@ from palimpsest.attention.pnp import PlugAndPlay
 from palimpsest.guidance.cross_attention import CrossAttentionGuidance
 from palimpsest.guidance.negative_prompt import CONSTANT, EXPONENTIAL, LINEAR, NPI, Mixture
 from palimpsest.guidance.proximal import INVERSION, RECONSTRUCTION, Proximal
-from palimpsest.host.guide import attach_guide
-from palimpsest.host.guided import attach_rule
-from palimpsest.host.model import noise_latent
-from palimpsest.host.negatives import attach_mixture
-from palimpsest.host.schedule import step_of
-from palimpsest.host.source import attach, attach_blend
-from palimpsest.host.timed import timed
-from palimpsest.host.trajectory import Trajectory
+from palimpsest.host.branch.guide import attach_guide
+from palimpsest.host.branch.guided import attach_rule
+from palimpsest.host.branch.negatives import attach_mixture
+from palimpsest.host.branch.source import attach, attach_blend
+from palimpsest.host.files.trajectory import Trajectory
+from palimpsest.host.run.model import noise_latent
+from palimpsest.host.run.schedule import step_of
+from palimpsest.host.run.timed import timed
 from palimpsest.inversion.replay import invert_edict
 from palimpsest.inversion.run import Guidance, invert
 from palimpsest.nodes.guidance import NegativePromptGuidance, NegativePromptGuider, ProximalGuidance

@@ -19,13 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from palimpsest.host.model import identity
-from palimpsest.host.source import attach
-from palimpsest.host.storage import Format
-from palimpsest.host.store import FORMAT as STORE
-from palimpsest.host.store import AttentionStore
-from palimpsest.host.trajectory import FORMAT, Trajectory
-from palimpsest.host.weights import SAMPLES
+from palimpsest.host.branch.source import attach
+from palimpsest.host.files.storage import Format
+from palimpsest.host.files.store import FORMAT as STORE
+from palimpsest.host.files.store import AttentionStore
+from palimpsest.host.files.trajectory import FORMAT, Trajectory
+from palimpsest.host.run.model import identity
+from palimpsest.host.run.weights import SAMPLES
 from palimpsest.inversion.run import Guidance, invert
 from test_inject import masactrl
 from tiny import UNET, Tiny, tiny_model

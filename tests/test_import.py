@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
+
+PACK = Path(__file__).resolve().parents[1]
+FLOORS = (
+    ("host/layer.py", "host/quote.py", "host/words.py"),
+    ("host/files",),
+    ("host/unet", "host/dit"),
+    ("host/run",),
+    ("host/branch",),
+    ("attention", "guidance", "inversion"),
+    ("nodes",),
+)
+"""From the lowest to the highest: what stands on one imports nothing of those above."""
 LIGHT = """
 import sys
 import palimpsest
-import palimpsest.attention.p2p, palimpsest.attention.alignment, palimpsest.inversion.ddim, palimpsest.host.trajectory
+import palimpsest.attention.p2p, palimpsest.attention.alignment
+import palimpsest.host.files.trajectory, palimpsest.host.words, palimpsest.inversion.ddim
 import palimpsest.inversion.fixed_point, palimpsest.inversion.regularise
 import palimpsest.inversion.edit_friendly, palimpsest.inversion.edict
 import palimpsest.inversion.dpm_solver, palimpsest.inversion.obelm, palimpsest.inversion.uni_inv
@@ -65,3 +82,27 @@ def test_the_mathematics_imports_without_the_host() -> None:
 
 def test_importing_the_pack_brings_no_library_and_changes_no_host_symbol() -> None:
     run(CLEAN)
+
+
+def floor(path: Path) -> int:
+    """Of a file or module of the pack; -1 for what stands beside them."""
+    name = f"{path.relative_to(PACK).with_suffix('').as_posix()}/"
+    at = [n for n, rooms in enumerate(FLOORS) if any(name.startswith(f"{room.removesuffix('.py')}/") for room in rooms)]
+    return at[0] if at else -1
+
+
+def imported(file: Path) -> Iterator[Path]:
+    """The pack's own modules that a file imports, and the names that it takes from them."""
+    for statement in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(statement, ast.ImportFrom) and statement.level:
+            module = file.parents[statement.level - 1] / (statement.module or "").replace(".", "/")
+            yield from (module / name.name for name in statement.names)
+
+
+@pytest.mark.parametrize("room", [room for rooms in FLOORS for room in rooms])
+def test_imports_go_down(room: str) -> None:
+    files = [PACK / room] if room.endswith(".py") else [*(PACK / room).glob("*.py")]
+    assert files
+    for file in files:
+        up = [name for name in imported(file) if floor(name) > floor(file)]
+        assert not up, f"{file} imports {up}"

@@ -21,9 +21,9 @@ from palimpsest.attention.pnp import PRESETS, PlugAndPlay
 from palimpsest.attention.record import Recording, record_attention
 from palimpsest.attention.viewer import components, self_attention
 from palimpsest.benchmarks.architectures import CONFIGS, UNETS
-from palimpsest.host.blocks import last_layers, named, parse_blocks
-from palimpsest.host.source import attach
-from palimpsest.host.unet import all_layers, blocks_with, decoder_from_second
+from palimpsest.host.branch.blocks import last_layers, named, parse_blocks
+from palimpsest.host.branch.source import attach
+from palimpsest.host.unet.tree import all_layers, blocks_with, decoder_from_second
 from palimpsest.inversion.run import Guidance, record
 from palimpsest.nodes.inject import MasaCtrlNode, PnPFeatureInjector
 from palimpsest.nodes.viewer import FEATURES, SELF_ATTENTION, FeatureViewer

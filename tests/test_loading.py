@@ -15,8 +15,8 @@ from comfy_extras.nodes_model_merging import ModelSave
 from torch import Tensor
 
 from palimpsest.benchmarks.architectures import CONFIGS, UNETS
-from palimpsest.host.model import identity
-from palimpsest.host.source import attach
+from palimpsest.host.branch.source import attach
+from palimpsest.host.run.model import identity
 from palimpsest.inversion.replay import invert_edict
 from palimpsest.inversion.run import Guidance, invert
 from test_composition import edit, lora, stored

@@ -15,9 +15,9 @@ from torch import Tensor
 from palimpsest.attention.alignment import Carry
 from palimpsest.attention.local_blend import LocalBlend, softened
 from palimpsest.attention.p2p import PromptToPrompt, Window
+from palimpsest.host.branch.maps import map_size
+from palimpsest.host.branch.source import attach, attach_blend
 from palimpsest.host.layer import Edit
-from palimpsest.host.maps import map_size
-from palimpsest.host.source import attach, attach_blend
 from palimpsest.inversion.run import Guidance, invert
 from reference import classic_p2p
 from test_source import split

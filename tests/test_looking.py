@@ -13,11 +13,11 @@ from comfy_execution.graph import DynamicPrompt
 from comfy_execution.progress import ProgressHandler, add_progress_handler, reset_progress_state
 
 from host_server import HostServer
-from palimpsest.attention.alignment import words
 from palimpsest.attention.local_blend import LocalBlend
 from palimpsest.attention.word_pairs import Pair, told, word_pairs
-from palimpsest.host.live import PAUSE, SHARE, Live
-from palimpsest.host.source import attach_blend
+from palimpsest.host.branch.source import attach_blend
+from palimpsest.host.run.live import PAUSE, SHARE, Live
+from palimpsest.host.words import words
 from palimpsest.nodes.exact import EDICTInversion, EditFriendlyInversion, OBELMInversion
 from palimpsest.nodes.inversion import DDIMInversion, RecordTrajectory
 from palimpsest.nodes.null_text import NullTextInversion

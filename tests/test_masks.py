@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from palimpsest.host.source import KEY
+from palimpsest.host.branch.source import KEY
 from palimpsest.nodes.blend import LocalBlendNode
 from palimpsest.nodes.extension import NODES
 from palimpsest.nodes.inject import MasaCtrlNode

@@ -23,11 +23,11 @@ from palimpsest.benchmarks import reconstruction
 from palimpsest.benchmarks.edits import encode
 from palimpsest.benchmarks.picture import sample
 from palimpsest.demo import scenes
-from palimpsest.host.gradients import differentiable, gradients
-from palimpsest.host.model import noise_latent
-from palimpsest.host.source import attach
-from palimpsest.host.timed import timed
-from palimpsest.host.unfinished import Unfinished
+from palimpsest.host.branch.source import attach
+from palimpsest.host.files.unfinished import Unfinished
+from palimpsest.host.run.model import noise_latent
+from palimpsest.host.run.timed import timed
+from palimpsest.host.unet.gradients import differentiable, gradients
 from palimpsest.inversion.ddim import leading_sigmas
 from palimpsest.inversion.null_text import Settings, check_pivot, distances, null_text
 from palimpsest.inversion.replay import invert_edit_friendly

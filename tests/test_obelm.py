@@ -9,9 +9,9 @@ import torch
 from palimpsest.attention.record import Recording, record_attention
 from palimpsest.guidance.cross_attention import CrossAttentionGuidance
 from palimpsest.guidance.proximal import INVERSION, Proximal
-from palimpsest.host.guide import attach_guide
-from palimpsest.host.guided import attach_rule
-from palimpsest.host.source import attach, attach_blend
+from palimpsest.host.branch.guide import attach_guide
+from palimpsest.host.branch.guided import attach_rule
+from palimpsest.host.branch.source import attach, attach_blend
 from palimpsest.inversion import obelm
 from palimpsest.inversion.replay import OBELMSampler, invert_obelm
 from palimpsest.inversion.run import Guidance

@@ -16,8 +16,8 @@ from comfy.supported_models_base import ClipTarget
 from torch import Tensor
 
 from palimpsest.demo.model import TEXT
-from palimpsest.host.sampler import OwnSampler
-from palimpsest.host.source import attach
+from palimpsest.host.branch.source import attach
+from palimpsest.host.run.sampler import OwnSampler
 from palimpsest.nodes.extension import NODES
 from palimpsest.nodes.inversion import DDIMInversion, RecordTrajectory
 from palimpsest.nodes.maps import ALL

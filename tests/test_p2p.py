@@ -14,8 +14,8 @@ from torch import Tensor
 
 from palimpsest.attention.alignment import Carry
 from palimpsest.attention.p2p import PromptToPrompt, Window
+from palimpsest.host.branch.source import attach
 from palimpsest.host.layer import Inputs, Layer, Read
-from palimpsest.host.source import attach
 from reference import classic_p2p
 from test_source import Probe, split
 from tiny import Tiny, conditioning, rows_of, tiny_model

@@ -6,12 +6,13 @@ import comfy.samplers
 import pytest
 import torch
 
-from palimpsest.attention.alignment import PromptEdit, Words, words
+from palimpsest.attention.alignment import PromptEdit
 from palimpsest.attention.heatmap import colored, word_heat
 from palimpsest.attention.p2p import PRESETS, Window
 from palimpsest.attention.phrases import changed_columns, gains, phrase_columns, prompt_columns, windows
 from palimpsest.attention.record import Recording, record_attention
-from palimpsest.host.source import attach
+from palimpsest.host.branch.source import attach
+from palimpsest.host.words import Words, words
 from palimpsest.inversion.run import Guidance, record
 from palimpsest.nodes.blend import LocalBlendMask, LocalBlendNode
 from palimpsest.nodes.maps import AttentionMaps

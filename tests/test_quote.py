@@ -8,7 +8,7 @@ import pytest
 
 from palimpsest.attention.phrases import gains, phrase_columns, windows
 from palimpsest.demo import scenes
-from palimpsest.host.blocks import parse_blocks
+from palimpsest.host.branch.blocks import parse_blocks
 from palimpsest.host.quote import quoted
 from palimpsest.nodes import files
 from palimpsest.nodes.prompt import BatchPromptEdits

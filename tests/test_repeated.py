@@ -15,10 +15,10 @@ from torch import Tensor
 
 from palimpsest.guidance.cross_attention import CrossAttentionGuidance
 from palimpsest.guidance.negative_prompt import CONSTANT, LINEAR, Mixture
-from palimpsest.host.guide import attach_guide
-from palimpsest.host.negatives import attach_mixture
-from palimpsest.host.refusals import check_same_model, check_whole_schedule
-from palimpsest.host.source import attach, attach_blend
+from palimpsest.host.branch.guide import attach_guide
+from palimpsest.host.branch.negatives import attach_mixture
+from palimpsest.host.branch.source import attach, attach_blend
+from palimpsest.host.run.refusals import check_same_model, check_whole_schedule
 from palimpsest.inversion.ddim import leading_sigmas
 from palimpsest.inversion.null_text import Settings, null_text
 from palimpsest.inversion.replay import invert_edict, invert_edit_friendly, invert_obelm

@@ -15,10 +15,10 @@ from torch import Tensor
 from palimpsest.attention.local_blend import LocalBlend
 from palimpsest.guidance.cross_attention import CrossAttentionGuidance
 from palimpsest.guidance.proximal import INVERSION, Proximal
-from palimpsest.host.guide import attach_guide
-from palimpsest.host.guided import attach_rule
-from palimpsest.host.model import noise_latent
-from palimpsest.host.source import attach, attach_blend
+from palimpsest.host.branch.guide import attach_guide
+from palimpsest.host.branch.guided import attach_rule
+from palimpsest.host.branch.source import attach, attach_blend
+from palimpsest.host.run.model import noise_latent
 from palimpsest.inversion.replay import invert_edict, invert_edit_friendly
 from palimpsest.inversion.run import Guidance, Refinement, invert, record, resample
 from palimpsest.inversion.virtual import PRESETS

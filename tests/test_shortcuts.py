@@ -21,10 +21,10 @@ from palimpsest.attention.p2p import Window
 from palimpsest.guidance.cross_attention import CrossAttentionGuidance
 from palimpsest.guidance.negative_prompt import CONSTANT, LINEAR, Mixture
 from palimpsest.guidance.proximal import Proximal
-from palimpsest.host.guide import attach_guide
-from palimpsest.host.guided import attach_rule
-from palimpsest.host.negatives import attach_mixture
-from palimpsest.host.source import attach, attach_blend
+from palimpsest.host.branch.guide import attach_guide
+from palimpsest.host.branch.guided import attach_rule
+from palimpsest.host.branch.negatives import attach_mixture
+from palimpsest.host.branch.source import attach, attach_blend
 from palimpsest.inversion.null_text import Settings, null_text
 from palimpsest.inversion.replay import invert_edict, invert_edit_friendly, invert_obelm
 from palimpsest.inversion.run import Guidance, invert, record

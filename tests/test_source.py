@@ -24,8 +24,8 @@ from torch import Tensor
 
 from palimpsest.attention.alignment import Carry
 from palimpsest.attention.p2p import PromptToPrompt, Window
+from palimpsest.host.branch.source import attach
 from palimpsest.host.layer import Inputs, Layer, Read
-from palimpsest.host.source import attach
 from palimpsest.inversion.run import Guidance, invert, record
 from palimpsest.nodes.store import RecordAttention
 from reference import classic_p2p, swapped

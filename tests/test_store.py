@@ -22,10 +22,10 @@ from palimpsest.attention.alignment import Carry
 from palimpsest.attention.local_blend import LocalBlend
 from palimpsest.attention.p2p import PromptToPrompt, Window
 from palimpsest.attention.record import Recording, record_attention
+from palimpsest.host.branch.source import attach, attach_blend
+from palimpsest.host.files.store import AttentionStore
+from palimpsest.host.files.trajectory import Trajectory
 from palimpsest.host.layer import Layer
-from palimpsest.host.source import attach, attach_blend
-from palimpsest.host.store import AttentionStore
-from palimpsest.host.trajectory import Trajectory
 from palimpsest.inversion.run import Guidance, invert
 from test_source import Probe, split
 from tiny import Tiny, conditioning, execute, rows_of, tiny_model

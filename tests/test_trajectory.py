@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from palimpsest.host.trajectory import Trajectory
+from palimpsest.host.files.trajectory import Trajectory
 from palimpsest.nodes.trajectory import LoadTrajectory, SaveTrajectory
 from tiny import Tiny, tiny_model
 

@@ -13,7 +13,7 @@ from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
 from nodes import unCLIPConditioning
 
-from palimpsest.host.source import attach
+from palimpsest.host.branch.source import attach
 from palimpsest.inversion.replay import invert_edict, invert_edit_friendly
 from palimpsest.inversion.run import Guidance, record
 from test_composition import Still, edit, stored

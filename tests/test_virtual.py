@@ -19,7 +19,7 @@ from comfy_extras.nodes_easycache import LazyCacheNode
 from torch import Tensor
 
 from palimpsest.demo import scenes
-from palimpsest.host.source import attach, attach_blend
+from palimpsest.host.branch.source import attach, attach_blend
 from palimpsest.inversion.run import Guidance, invert, record, resample
 from palimpsest.inversion.virtual import PRESETS, invert_virtually, schedule
 from palimpsest.nodes.p2p import P2PAttentionController

@@ -13,9 +13,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from palimpsest.host.branch.source import attach, attach_blend
+from palimpsest.host.files.store import AttentionStore
 from palimpsest.host.layer import Edit
-from palimpsest.host.source import attach, attach_blend
-from palimpsest.host.store import AttentionStore
 from palimpsest.inversion.run import Guidance, invert
 from test_composition import Still, blend, edit, stored
 from tiny import Tiny

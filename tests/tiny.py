@@ -18,7 +18,7 @@ from comfy.samplers import Sampler
 from comfy_api.latest import io
 from torch import Tensor
 
-from palimpsest.host.trajectory import Trajectory
+from palimpsest.host.files.trajectory import Trajectory
 from palimpsest.inversion.ddim import leading_sigmas
 from palimpsest.inversion.run import Guidance, invert
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layer import Layer
+from ..layer import Layer
 
 MAP_SIDE = 12  # positions a side that a word map needs to show where a thing is
 

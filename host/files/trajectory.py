@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..quote import quoted
 from .conditioning import packed, unpacked
-from .quote import quoted
 from .storage import Format, Parsed, read, write
 
 EULER, DPMPP_2M = "euler", "dpmpp_2m"  # samplers of the host that images are inverted for

@@ -20,12 +20,12 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import KSAMPLER, CFGGuider, Sampler
 from torch import Tensor
 
+from ..files.trajectory import Trajectory
+from ..run.model import is_flow, noised
+from ..run.refusals import check_followed, check_follows, check_image_run
+from ..run.sampler import function_name, settings
+from ..run.schedule import step_of
 from . import source
-from .model import is_flow, noised
-from .refusals import check_followed, check_follows, check_image_run
-from .sampler import function_name, settings
-from .schedule import step_of
-from .trajectory import Trajectory
 
 KEY = f"{source.KEY}.virtual"
 

@@ -9,8 +9,8 @@ from comfy.ldm.modules.attention import SpatialTransformer, optimized_attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor
 
-from .layer import Inputs, Layer
-from .unet import blocks_with
+from ..layer import Inputs, Layer
+from .tree import blocks_with
 
 Enter = Callable[[str, Inputs, dict], Inputs]
 """Takes "self" or "cross", the inputs of all rows of a layer and its options; returns the inputs to go on with."""

@@ -11,11 +11,10 @@ from comfy.model_base import BaseModel
 from comfy.samplers import calc_cond_batch
 from torch import Tensor, nn
 
-from .dit import Joint, architecture_of, turned
-from .layer import Block, Inputs, Layer, Read, Rule
-from .maps import WordMaps, token_maps
-from .patches import Attend, host_attention, layer_of
-from .refusals import (
+from ..dit.architectures import architecture_of, turned
+from ..dit.attention import Joint
+from ..layer import Block, Inputs, Layer, Read, Rule
+from ..run.refusals import (
     check_divided,
     check_positions_kept,
     check_prompt_kept,
@@ -23,6 +22,8 @@ from .refusals import (
     check_stored,
     check_unmasked,
 )
+from ..unet.patches import Attend, host_attention, layer_of
+from .maps import WordMaps, token_maps
 
 KEY = "palimpsest"
 CHUNKS, READS = f"{KEY}.chunks", f"{KEY}.reads"

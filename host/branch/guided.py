@@ -9,10 +9,10 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider, Sampler
 from torch import Tensor
 
-from .model import add_outermost
-from .refusals import check_in_place, check_one_state, check_run, check_same_model
+from ..files.trajectory import Trajectory
+from ..run.model import add_outermost
+from ..run.refusals import check_in_place, check_one_state, check_run, check_same_model
 from .source import STATE
-from .trajectory import Trajectory
 
 KEY = "palimpsest.guided"
 NODE = "Proximal Guidance"

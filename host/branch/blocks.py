@@ -8,10 +8,10 @@ from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import nn
 
-from .dit import dit_blocks
-from .layer import Block
-from .quote import quoted
-from .unet import all_layers, blocks_with, decoder_from_second
+from ..dit.architectures import dit_blocks
+from ..layer import Block
+from ..quote import quoted
+from ..unet.tree import all_layers, blocks_with, decoder_from_second
 
 VITAL = "vital"
 # Of Flux.1: the layers without which a picture changes most, as Stable Flow (arXiv 2411.14430) found them.

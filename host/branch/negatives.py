@@ -11,13 +11,13 @@ from comfy.sampler_helpers import convert_cond
 from comfy.samplers import Sampler
 from torch import Tensor
 
+from ..files.trajectory import Trajectory
+from ..run.model import add_outermost
+from ..run.refusals import NEGATIVES as KEY
+from ..run.refusals import check_plain, check_same_model, check_source, check_whole_schedule, is_mixed
+from ..run.sampler import OwnSampler
+from ..run.schedule import step_of
 from .call import place
-from .model import add_outermost
-from .refusals import NEGATIVES as KEY
-from .refusals import check_plain, check_same_model, check_source, check_whole_schedule, is_mixed
-from .sampler import OwnSampler
-from .schedule import step_of
-from .trajectory import Trajectory
 
 
 class Share(Protocol):

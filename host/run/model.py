@@ -10,7 +10,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from .trajectory import ModelIdentity, Trajectory
+from ..files.trajectory import ModelIdentity, Trajectory
 from .weights import sampled_weights
 
 FLOW = "flow"

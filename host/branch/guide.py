@@ -15,15 +15,11 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider, Sampler
 from torch import Tensor
 
-from . import guided, source
-from .alone import Conds, alone, mixes_prompts
-from .call import NEGATIVE, POSITIVE, estimate, place
-from .gradients import constant_control, differentiable, gradients, isolated, refusing
-from .layer import Layer
-from .maps import attention_maps
-from .model import add_outermost
-from .patches import Measure, layer_of, with_measure
-from .refusals import (
+from ..files.trajectory import Trajectory
+from ..layer import Layer
+from ..run.alone import Conds, alone, mixes_prompts
+from ..run.model import add_outermost
+from ..run.refusals import (
     check_attention,
     check_in_place,
     check_negative_runs,
@@ -36,8 +32,12 @@ from .refusals import (
     check_unet,
     check_unmixed,
 )
-from .shortcuts import decided_once, uncached, uncompiled
-from .trajectory import Trajectory
+from ..run.shortcuts import decided_once, uncached, uncompiled
+from ..unet.gradients import constant_control, differentiable, gradients, isolated, refusing
+from ..unet.patches import Measure, layer_of, with_measure
+from . import guided, source
+from .call import NEGATIVE, POSITIVE, estimate, place
+from .maps import attention_maps
 
 KEY = f"{source.KEY}.guide"
 AHEAD = f"{KEY}.ahead"  # from the sampler's latent to the target's, in a model call

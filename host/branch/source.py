@@ -27,13 +27,13 @@ from comfy.sampler_helpers import convert_cond
 from comfy.samplers import CFGGuider, Sampler, can_concat_cond, get_area_and_mult
 from torch import Tensor, nn
 
-from .call import CHUNKS, KEY, Call, place, slice_of
-from .dit import architecture_of, joint_attention
-from .layer import Blend, Block, Edit, Inputs, Layer, Rule
-from .maps import WordMaps, map_size
-from .model import is_flow, is_unet, noise_latent, start_of
-from .patches import with_attend, with_enter, with_measure
-from .refusals import (
+from ..dit.architectures import architecture_of
+from ..dit.attention import joint_attention
+from ..files.store import AttentionStore
+from ..files.trajectory import Trajectory
+from ..layer import Blend, Block, Edit, Inputs, Layer, Rule
+from ..run.model import is_flow, is_unet, noise_latent, start_of
+from ..run.refusals import (
     check_all_images,
     check_in_place,
     check_one_model,
@@ -48,12 +48,13 @@ from .refusals import (
     check_states_known,
     check_unet,
 )
-from .sampler import told_mismatch
-from .schedule import step_of
-from .shortcuts import uncached, uncompiled
-from .store import AttentionStore
-from .trajectory import Trajectory
-from .unet import residual_hooks
+from ..run.sampler import told_mismatch
+from ..run.schedule import step_of
+from ..run.shortcuts import uncached, uncompiled
+from ..unet.patches import with_attend, with_enter, with_measure
+from ..unet.tree import residual_hooks
+from .call import CHUNKS, KEY, Call, place, slice_of
+from .maps import WordMaps, map_size
 
 RUN, CALL, STATE = f"{KEY}.run", f"{KEY}.call", f"{KEY}.state"
 OWN = ("control", "gligen")  # what the host hands on from the positive conditioning to all others

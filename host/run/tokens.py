@@ -11,7 +11,7 @@ from comfy.sd import CLIP
 from comfy.sd1_clip import SD1Tokenizer
 from torch import Tensor
 
-from ..attention.alignment import END, START, Words, words
+from ..words import END, START, Words, words
 
 Token = tuple[int | Tensor, float, int]
 """The host's: token or textual inversion vector, weight, stretch of the prompt; stretch 0 is start, end and padding."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .layer import Inputs, Layer
+from ..layer import Inputs, Layer
 from .storage import Format
 from .trajectory import Trajectory, read_file, write_file
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .quote import quoted
+from ..quote import quoted
 
 Parsed = TypeVar("Parsed")
 

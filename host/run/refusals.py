@@ -11,14 +11,14 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import KSAMPLER, CFGGuider, Sampler
 from torch import Tensor
 
+from ..dit.architectures import ARCHITECTURES, architecture_of
+from ..files.conditioning import SEED
+from ..files.trajectory import Trajectory
+from ..layer import Layer
 from .alone import ALIKE, apart
-from .conditioning import SEED
-from .dit import ARCHITECTURES, architecture_of
-from .layer import Layer
 from .model import identity, is_flow, is_unet
 from .sampler import OwnSampler, Run, function_name, settings
 from .shortcuts import cache_on
-from .trajectory import Trajectory
 
 # These take a noise sampler but draw nothing from it at their defaults.
 NOISELESS = {"sample_res_multistep", "sample_res_multistep_cfg_pp"}

@@ -12,7 +12,7 @@ from typing import Any
 from comfy.samplers import KSAMPLER, CFGGuider, Sampler
 from torch import Tensor
 
-from .trajectory import EULER, Trajectory
+from ..files.trajectory import EULER, Trajectory
 
 
 @dataclass(frozen=True)

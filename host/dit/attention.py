@@ -1,8 +1,7 @@
-"""What the host's flow transformers look like inside, and a way into their attention for one model call.
+"""A way into a flow transformer's attention for one model call.
 
-An architecture is one line of `ARCHITECTURES`. In each main block of all of them the first attention is the one of the
-image's tokens, alone or joined with the text's; an override of the host's attention reaches it, and hooks on the blocks
-tell which of them it belongs to.
+In each main block of all of them the first attention is the one of the image's tokens, alone or joined with the text's;
+an override of the host's attention reaches it, and hooks on the blocks tell which of them it belongs to.
 """
 
 from __future__ import annotations
@@ -14,44 +13,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from comfy.ldm.chroma.model import Chroma
-from comfy.ldm.flux.math import rope
-from comfy.ldm.flux.model import Flux
-from comfy.ldm.hidream.model import HiDreamImageTransformer2DModel
-from comfy.ldm.lumina.model import NextDiT
-from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
-from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
-from comfy.ldm.wan.model import WanModel
 from torch import Tensor, nn
 
-from .layer import Block, Layer
+from ..layer import Block, Layer
+from .architectures import ARCHITECTURES, dit_blocks, grid
 
 OVERRIDE = "optimized_attention_override"
-
-
-class Architecture(NamedTuple):
-    """blocks: attributes of the model that hold its main blocks, in the order they run in, and what to call them.
-    image_first: whether the image's tokens come before the text's; they come after it, but for reference images.
-    turned: whether image positions begin after the text, so that keys of a prompt of another length have to be turned.
-    """
-
-    blocks: dict[str, str]
-    image_first: bool = False
-    turned: bool = False
-
-
-STREAMS = {"double_blocks": "double", "single_blocks": "single"}
-ARCHITECTURES: dict[type[nn.Module], Architecture] = {
-    Flux: Architecture(STREAMS),
-    Chroma: Architecture(STREAMS),
-    OpenAISignatureMMDITWrapper: Architecture({"joint_blocks": "block"}),
-    QwenImageTransformer2DModel: Architecture({"transformer_blocks": "block"}),
-    NextDiT: Architecture({"layers": "block"}, turned=True),
-    WanModel: Architecture({"blocks": "block"}, image_first=True),
-    HiDreamImageTransformer2DModel: Architecture(
-        {"double_stream_blocks": "double", "single_stream_blocks": "single"}, image_first=True
-    ),
-}
 
 
 class Joint(NamedTuple):
@@ -83,24 +50,6 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 Enter = Callable[[Joint, Attend, tuple[Tensor, Tensor, Tensor], dict], Tensor]
 """Takes an attention, what to go on with, its queries, keys and values, and its options; returns what that returns."""
-
-
-def architecture_of(model: nn.Module) -> Architecture | None:
-    """Of exactly this class: what a kind of its own does inside is not known."""
-    return ARCHITECTURES.get(type(model))
-
-
-def dit_blocks(model: nn.Module) -> list[Block]:
-    """The main blocks in the order that they run in: ("double", 0), ..., ("single", 37)."""
-    blocks = ARCHITECTURES[type(model)].blocks
-    return [(name, number) for held, name in blocks.items() for number in range(len(getattr(model, held)))]
-
-
-def grid(model: nn.Module, latent: Tensor) -> tuple[int, int]:
-    """Height and width of the image in tokens, for its latent [b, c, (t,) h, w]; frames stand below each other."""
-    patch = model.patch_size if isinstance(model.patch_size, tuple) else (1, model.patch_size, model.patch_size)
-    time, height, width = (math.ceil(size / by) for size, by in zip((1, *latent.shape[2:])[-3:], patch, strict=True))
-    return time * height, width
 
 
 @contextmanager
@@ -149,11 +98,3 @@ def joint_attention(model: nn.Module, latent: Tensor, options: dict, enter: Ente
             handle.remove()
 
 
-def turned(model: nn.Module, image: Tensor, by: int) -> Tensor:
-    """Queries or keys of image tokens [b, n, heads, d] as they would be behind a prompt of `by` more tokens."""
-    embedder = model.rope_embedder
-    channels = embedder.axes_dim[0]
-    angles = rope(torch.tensor([[by]], device=image.device), channels, embedder.theta)[0, 0]  # [channels / 2, 2, 2]
-    pairs = image[..., :channels].unflatten(-1, (-1, 2)).float()
-    first = (angles @ pairs[..., None])[..., 0].flatten(-2).to(image)
-    return torch.cat([first, image[..., channels:]], -1)

@@ -9,7 +9,7 @@ from comfy.ldm.modules.attention import CrossAttention, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from torch import Tensor, nn
 
-from .layer import Block, Layer
+from ..layer import Block, Layer
 
 
 def blocks_with(unet: UNetModel, kind: type[nn.Module]) -> list[Block]:
