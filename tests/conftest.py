@@ -10,12 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from in_host import prepare
+# Tests that run side by side, and their servers, share the processor: torch reads this when it is first imported.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(workers))))
+
+from in_host import prepare  # noqa: E402
 
 prepare()
 
 import comfy.model_management  # noqa: E402
 import torch  # noqa: E402
+from execnet import Gateway  # noqa: E402
 
 from browser import PROGRAMS, Page, find_browser, open_browser  # noqa: E402
 from host_server import HostServer  # noqa: E402
@@ -23,11 +28,28 @@ from palimpsest.demo import model as demo_model  # noqa: E402
 from tiny import Tiny  # noqa: E402
 
 
-def pytest_configure() -> None:
-    """A run that is told to end takes down its fixtures first: a server would outlive it."""
+class Ending:
+    """A run that is told to end takes down its fixtures first, and those of its workers: servers would outlive it."""
+
+    def __init__(self) -> None:
+        self.workers: list[int] = []
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_newgateway(self, gateway: Gateway) -> None:
+        self.workers.append(gateway._rinfo().pid)
+
+    def end(self, number: int, _: object) -> None:
+        for worker in self.workers:
+            os.kill(worker, number)
+        pytest.exit("told to end", 128 + number)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    ending = Ending()
+    config.pluginmanager.register(ending)
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda number, _: pytest.exit("told to end", 128 + number))
+            signal.signal(getattr(signal, name), ending.end)
 
 
 @pytest.fixture(autouse=True)

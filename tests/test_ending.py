@@ -32,10 +32,11 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without telling it")
-def test_a_run_that_is_told_to_end_takes_its_server_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_run_that_is_told_to_end_takes_its_server_along(workers: str, tmp_path: Path) -> None:
     (tmp_path / "test_inner.py").write_text(WAITING)
     path = os.pathsep.join([str(TESTS), str(TESTS.parent / "tools"), os.environ["PYTHONPATH"]])
-    program = "import pytest; raise SystemExit(pytest.main(['-p', 'conftest', 'test_inner.py']))"
+    program = f"import pytest; raise SystemExit(pytest.main(['-p', 'conftest', '-n', '{workers}', 'test_inner.py']))"
     command = [sys.executable, "-c", program]
     pid_file = tmp_path / "pid"
     with subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}) as run:

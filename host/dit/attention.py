@@ -96,5 +96,3 @@ def joint_attention(model: nn.Module, latent: Tensor, options: dict, enter: Ente
     finally:
         for handle in hooks:
             handle.remove()
-
-
