@@ -2,7 +2,7 @@
 
 Scored are the error inside and outside of what the edit changes, whether the picture shows what was asked for, and
 whether it shows that and nothing else. Results are kept edit by edit in a CSV file, by which a run goes on where it was
-interrupted; tables, a plot and pictures are made of it.
+interrupted; tables, a plot and pictures are made of it. The flow model's recipes are those that flows take.
 """
 
 from __future__ import annotations
@@ -50,11 +50,21 @@ from ..host.run.cost import Cost, metered
 from ..host.run.model import is_unet, noise_latent
 from ..inversion.diffedit import Settings as Differences
 from ..inversion.diffedit import difference_mask
-from ..inversion.flow_edit import edit_image
+from ..inversion.flow_edit import edit_image, edit_trajectory
 from ..inversion.null_text import Settings as NullText
 from ..inversion.null_text import null_text
 from ..inversion.replay import invert_edict, invert_edit_friendly, invert_obelm
-from ..inversion.run import Guidance, Refinement, as_trajectory, ddim_sigmas, invert, karras_sigmas, record, resample
+from ..inversion.run import (
+    UNI_INV,
+    Guidance,
+    Refinement,
+    as_trajectory,
+    ddim_sigmas,
+    invert,
+    karras_sigmas,
+    record,
+    resample,
+)
 from .edits import directed, encode, errors, local_blend, prompt_edit, prompt_to_prompt
 from .picture import decode
 
@@ -143,6 +153,11 @@ def ddim(batch: Batch) -> Inverted:
 def second_order(batch: Batch) -> Inverted:
     trajectory = invert(batch.model, Guidance(batch.source), batch.latent, batch.sigmas, solver=DPMPP_2M)
     return Inverted(trajectory, batch.negative, comfy.samplers.sampler_object(DPMPP_2M))
+
+
+def uni_inv(batch: Batch) -> Inverted:
+    trajectory = invert(batch.model, Guidance(batch.source), batch.latent, batch.sigmas, solver=UNI_INV)
+    return Inverted(trajectory, batch.negative, euler())
 
 
 def drifting(batch: Batch) -> Inverted:
@@ -284,12 +299,17 @@ def masactrl(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
     return attach(batch.model, inverted.trajectory, rule), batch.target
 
 
+def flow_edit_along(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
+    """Flow Edit whose source is where the inversion had it, in place of under noise."""
+    return edit_trajectory(batch.model, inverted.trajectory), batch.target
+
+
 def pix2pix_zero(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
     guide = CrossAttentionGuidance(0.3, 1.0, 64, False)
     return attach_guide(batch.model, inverted.trajectory, guide, checkpointing=False), batch.moved
 
 
-DDIM, NULL_TEXT = "DDIM", "null text"
+DDIM, NULL_TEXT, OF_FLOWS = "DDIM", "null text", "Uni-Inv"
 INVERSIONS: dict[str, Callable[[Batch], Inverted]] = {
     DDIM: ddim,
     "drifting DDIM": drifting,
@@ -300,6 +320,7 @@ INVERSIONS: dict[str, Callable[[Batch], Inverted]] = {
     "EDICT": edict,
     "second order": second_order,
     "O-BELM": o_belm,
+    OF_FLOWS: uni_inv,
 }
 EDITORS: dict[str, Callable[[Batch, Inverted], tuple[ModelPatcher, list]]] = {
     "naive": naive,
@@ -311,6 +332,7 @@ EDITORS: dict[str, Callable[[Batch, Inverted], tuple[ModelPatcher, list]]] = {
     "PnP": pnp,
     "MasaCtrl": masactrl,
     "pix2pix-zero": pix2pix_zero,
+    "Flow Edit": flow_edit_along,
 }
 GRID = [(inversion, editor) for inversion in INVERSIONS for editor in EDITORS]
 ABLATIONS: dict[str, Callable[[Batch], Inverted]] = {
@@ -344,34 +366,47 @@ def edit(batch: Batch, recipe: str) -> tuple[Tensor, Spent]:
 
 
 def img2img(batch: Batch, strength: float, model: ModelPatcher, mask: Tensor | None = None) -> Tensor:
-    """The image noised to where the last steps begin, then sampled by the host."""
+    """The image noised to where the last steps begin, then sampled by the host; mask: as of Set Latent Noise Mask."""
     sigmas = batch.sigmas[round((1 - strength) * batch.arguments.steps) :]
     guider = Guidance(batch.target, batch.negative, batch.cfg).guider(model)
     return guider.sample(batch.noise(), batch.latent, euler(), sigmas, mask, seed=0).cpu()
 
 
-def sdedit(strength: float, batch: Batch) -> Tensor:
+def sdedit(strength: float, batch: Batch, mask_of: MaskOf | None = None) -> Tensor:
     """arXiv 2108.01073"""
-    return img2img(batch, strength, batch.model)
+    return img2img(batch, strength, batch.model, mask_of and mask_of(batch))
 
 
-def flow_edit(strength: float, batch: Batch) -> Tensor:
+def flow_edit(strength: float, batch: Batch, mask_of: MaskOf | None = None, fresh: bool = True) -> Tensor:
     """arXiv 2412.08629"""
-    return img2img(batch, strength, edit_image(batch.model, batch.source, batch.latent))
+    mask = mask_of and mask_of(batch)
+    return img2img(batch, strength, edit_image(batch.model, batch.source, batch.latent, fresh, mask=mask), mask)
 
 
-def flow_edit_masked(strength: float, batch: Batch) -> Tensor:
-    """Within DiffEdit's mask, as Set Latent Noise Mask puts it there."""
-    mask = differing(batch)[:, None]
-    return img2img(batch, strength, edit_image(batch.model, batch.source, batch.latent, mask=mask), mask)
+def differing_mask(batch: Batch) -> Tensor:
+    """[b, 1, h, w]"""
+    return differing(batch)[:, None]
 
 
+def true_mask(batch: Batch) -> Tensor:
+    """Where the one true answer differs from the source [b, 1, H, W], as if drawn by hand."""
+    return torch.from_numpy(np.stack([case.mask() for case in batch.cases])).float()[:, None]
+
+
+MaskOf = Callable[[Batch], Tensor]
 UNINVERTED: dict[str, Callable[[Batch], Tensor]] = {
     **{f"SDEdit at {strength:g}": partial(sdedit, strength) for strength in (0.4, 0.6, 0.8)},
+    "SDEdit at 0.8, true mask": partial(sdedit, 0.8, mask_of=true_mask),
     **{f"Flow Edit at {strength:g}": partial(flow_edit, strength) for strength in (0.7, 0.9)},
-    "Flow Edit at 0.9, DiffEdit's mask": partial(flow_edit_masked, 0.9),
+    "Flow Edit at 0.9, one noise": partial(flow_edit, 0.9, fresh=False),
+    "Flow Edit at 0.9, DiffEdit's mask": partial(flow_edit, 0.9, mask_of=differing_mask),
+    "Flow Edit at 0.9, true mask": partial(flow_edit, 0.9, mask_of=true_mask),
 }
-RECIPES = [*UNINVERTED, *(" + ".join(pair) for pair in GRID)]
+FLOW_GRID = [(OF_FLOWS, editor) for editor in ("naive", "Flow Edit", "DiffEdit", "PnP", "MasaCtrl")]
+RECIPES = {
+    model: [*UNINVERTED, *(" + ".join(pair) for pair in pairs)]
+    for model, pairs in {"unet": GRID, "flow": FLOW_GRID}.items()
+}
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -423,9 +458,10 @@ def run(arguments: argparse.Namespace) -> None:
     weights = hashlib.sha256(WEIGHTS[arguments.model].read_bytes()).hexdigest()[:12]
     settings = {name: getattr(arguments, name) for name in SETTINGS} | {"weights": weights}
     check_settings(folder / "settings.json", settings)
-    chosen = [name for name in RECIPES if any(text in name for text in arguments.only or [""])]
+    recipes = RECIPES[arguments.model]
+    chosen = [name for name in recipes if any(text in name for text in arguments.only or [""])]
     if not chosen:
-        raise SystemExit(f"No recipe holds {' or '.join(arguments.only)}; there are: {'; '.join(RECIPES)}.")
+        raise SystemExit(f"No recipe holds {' or '.join(arguments.only)}; there are: {'; '.join(recipes)}.")
     results = Results(folder / "edits.csv")
     cases, loaded = draw_cases(arguments.edits, arguments.seed), demo_model.load()
     if arguments.model == "flow":
@@ -443,7 +479,7 @@ def run(arguments: argparse.Namespace) -> None:
                 bar.set_postfix_str(recipe)
                 results.add(score(batch, outcomes, recipe, numbers, loaded[2], folder / "pictures"))
                 bar.update(len(numbers))
-    report(folder, [row for row in results.rows if row.recipe in chosen], cases)
+    report(folder, {name: [row for row in results.rows if row.recipe == name] for name in chosen}, cases)
 
 
 def check_settings(path: Path, settings: dict) -> None:
@@ -511,17 +547,14 @@ def save(folder: Path, recipe: str, image: np.ndarray) -> None:
     picture.save(folder / f"{recipe}.png")
 
 
-def report(folder: Path, rows: list[Row], cases: Sequence[Edit]) -> None:
+def report(folder: Path, by_recipe: dict[str, list[Row]], cases: Sequence[Edit]) -> None:
     """`table.md`, `plot.png` and a sheet of pictures for every kind of edit."""
-    by_recipe: dict[str, list[Row]] = {}
-    for row in rows:
-        by_recipe.setdefault(row.recipe, []).append(row)
-    table = tabled({name: by_recipe[name] for name in RECIPES if name in by_recipe})
+    table = tabled(by_recipe)
     (folder / "table.md").write_text(table)
     print(table)
     plot({name: of for name, of in by_recipe.items() if not of[0].refused}, folder / "plot.png")
     for number, case in enumerate(cases[: len(EDITS)]):
-        found = [(name, folder / "pictures" / f"{number}" / f"{name}.png") for name in RECIPES if name in by_recipe]
+        found = [(name, folder / "pictures" / f"{number}" / f"{name}.png") for name in by_recipe]
         sheet(case, [(name, path) for name, path in found if path.exists()]).save(folder / f"{case.kind}.png")
 
 

@@ -1,4 +1,4 @@
-"""Nodes of the embedded demo model, for trying the pack without a download."""
+"""Nodes of the embedded demo models, for trying the pack without a download."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..demo import model, scenes
+from ..demo.flow import load_flow
 from .widgets import seed_of
 
 
@@ -31,6 +32,32 @@ class LoadDemoModel(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(*model.load())
+
+
+class LoadDemoFlowModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PalimpsestLoadDemoFlowModel",
+            display_name="Load Demo Flow Model",
+            category="Palimpsest/demo",
+            description=(
+                "A small flow transformer that comes with the pack, laid out like Flux: Flow Edit, inversion and "
+                "attention reads on a flow model without a download. It draws what Load Demo Model draws, 128 x 128 "
+                "pixels, from the same captions."
+            ),
+            search_aliases=["demo flux", "tiny flux", "toy flux", "flow demo", "rectified flow", "dit", "test model"],
+            outputs=[
+                io.Model.Output("model", tooltip="The flow transformer, laid out like Flux schnell, only smaller."),
+                io.Clip.Output("clip", tooltip="Its text encoder. It knows the words of Demo Scene captions only."),
+                io.Vae.Output("vae", tooltip="Its autoencoder, 128 x 128 pixels to 16 x 16 latents."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        _, clip, vae = model.load()
+        return io.NodeOutput(load_flow(), clip, vae)
 
 
 class DemoScene(io.ComfyNode):

@@ -68,6 +68,7 @@ NODES: list[type[io.ComfyNode]] = [
     viewer.FeatureViewer,
     metrics.EditMetrics,
     demo.LoadDemoModel,
+    demo.LoadDemoFlowModel,
     demo.DemoScene,
 ]
 
