@@ -10,9 +10,17 @@ import nodes as host_nodes
 import pytest
 import torch
 from comfy.ldm.flux.model import Flux
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from torch import Tensor
 
 from palimpsest.demo import flow, run, scenes, score, train_flow
+from palimpsest.nodes.demo import LoadDemoFlowModel
+from palimpsest.nodes.flow_edit import FlowEdit
+from palimpsest.nodes.inject import PnPFeatureInjector
+from palimpsest.nodes.inversion import DDIMInversion
+from palimpsest.nodes.sampler import EditSampler
+from tiny import execute
 
 
 @pytest.fixture
@@ -74,6 +82,57 @@ def hosts(demo: tuple, caption: str) -> dict:
     return {"cross_attn": tokens, **options}
 
 
+@pytest.fixture(scope="module")
+def loaded() -> tuple:
+    return execute(LoadDemoFlowModel)
+
+
+def conditioned(clip: CLIP, text: str) -> list:
+    return host_nodes.CLIPTextEncode().encode(clip, text)[0]
+
+
+def test_the_node_gives_the_flow_model_with_the_others_clip_and_vae(loaded: tuple, demo: tuple) -> None:
+    model, clip, vae = loaded
+    assert isinstance(model.model, flow.FlowModel)
+    image = torch.from_numpy(scenes.render(scenes.parse(SOURCE, 3)))[None]
+    assert torch.equal(vae.encode(image), demo[2].encode(image))
+    assert torch.equal(conditioned(clip, SOURCE)[0][0], conditioned(demo[1], SOURCE)[0][0])
+
+
+def test_flow_edit_moves_the_picture_towards_the_answer(loaded: tuple) -> None:
+    model, clip, vae = loaded
+    before, answer = (torch.from_numpy(scenes.render(scenes.parse(text, 3)))[None] for text in (SOURCE, TARGET))
+    source, target, negative = (conditioned(clip, text) for text in (SOURCE, TARGET, ""))
+    edited, latent = execute(FlowEdit, model=model, image=before, vae=vae, source=source)
+
+    def sampled(prompt: list, cfg: float) -> Tensor:
+        settings = 0, 8, cfg, "euler", "simple", prompt, negative, latent, 0.9
+        return host_nodes.KSampler().sample(edited, *settings)[0]["samples"]
+
+    assert torch.equal(sampled(source, 1.0), latent["samples"])  # equal prompts leave the image alone
+    picture = vae.decode(sampled(target, 2.0))
+    assert (picture - answer).abs().mean() < 0.5 * (before - answer).abs().mean()
+
+
+def test_an_inversion_comes_back_and_its_reads_keep_the_layout(loaded: tuple) -> None:
+    model, clip, vae = loaded
+    image = torch.from_numpy(scenes.render(scenes.parse(SOURCE, 3)))[None]
+    source, target, negative = (conditioned(clip, text) for text in (SOURCE, TARGET, ""))
+    trajectory, *_ = execute(DDIMInversion, model=model, source=source, image=image, vae=vae, steps=8)
+
+    def sampled(model: ModelPatcher, prompt: list, cfg: float = 2.0) -> Tensor:
+        prompts = {"positive": prompt, "negative": negative}
+        return execute(EditSampler, model=model, trajectory=trajectory, vae=vae, cfg=cfg, **prompts)[0]["samples"]
+
+    before = vae.encode(image)
+    reads = execute(PnPFeatureInjector, model=model, trajectory=trajectory, tau_a=1.0)[0]
+    back, plain, read = (
+        (sampled(*run) - before).square().mean() for run in ((model, source, 1.0), (model, target), (reads, target))
+    )
+    assert back < 0.1 * plain
+    assert back < read < 0.9 * plain
+
+
 @pytest.mark.slow
 def test_the_hosts_own_nodes_draw_what_is_asked_for(demo: tuple) -> None:
     _, clip, vae = demo
@@ -90,5 +149,6 @@ def test_the_hosts_own_nodes_draw_what_is_asked_for(demo: tuple) -> None:
     assert {word: right[word] for word in LEAST if right[word] < LEAST[word]} == {}
 
 
+SOURCE, TARGET = "a photo of a red house in the snow", "a photo of a red house in a desert"
 DRAWN = 3
 LEAST = {"style": 3, "place": 3, "time": 3, "look": 1}
