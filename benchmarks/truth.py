@@ -372,6 +372,9 @@ def img2img(batch: Batch, strength: float, model: ModelPatcher, mask: Tensor | N
     return guider.sample(batch.noise(), batch.latent, euler(), sigmas, mask, seed=0).cpu()
 
 
+MaskOf = Callable[[Batch], Tensor]
+
+
 def sdedit(strength: float, batch: Batch, mask_of: MaskOf | None = None) -> Tensor:
     """arXiv 2108.01073"""
     return img2img(batch, strength, batch.model, mask_of and mask_of(batch))
@@ -393,7 +396,6 @@ def true_mask(batch: Batch) -> Tensor:
     return torch.from_numpy(np.stack([case.mask() for case in batch.cases])).float()[:, None]
 
 
-MaskOf = Callable[[Batch], Tensor]
 UNINVERTED: dict[str, Callable[[Batch], Tensor]] = {
     **{f"SDEdit at {strength:g}": partial(sdedit, strength) for strength in (0.4, 0.6, 0.8)},
     "SDEdit at 0.8, true mask": partial(sdedit, 0.8, mask_of=true_mask),
