@@ -21,7 +21,11 @@ matplotlib.use("agg")
 
 EDITORS = ("naive", "P2P", "PnP", "MasaCtrl")
 RECIPES = [f"DDIM + {editor}" for editor in EDITORS]
-RECIPES += [f"{name} + {editor}" for name in ("second order", "O-BELM", "edit friendly") for editor in ("naive", "P2P")]
+RECIPES += [
+    f"{name} + {editor}"
+    for name in ("second order", "O-BELM", "edit friendly", "TurboEdit")
+    for editor in ("naive", "P2P")
+]
 RECIPES += [f"{name} + {editor}" for name in VIRTUAL for editor in EDITORS]
 REFERENCE = "DDIM + P2P", 20
 STYLES = dict(zip(EDITORS, ("-", "--", ":", "-."), strict=True))

@@ -53,7 +53,7 @@ from ..inversion.diffedit import difference_mask
 from ..inversion.flow_edit import edit_image
 from ..inversion.null_text import Settings as NullText
 from ..inversion.null_text import null_text
-from ..inversion.replay import invert_edict, invert_edit_friendly, invert_obelm
+from ..inversion.replay import invert_edict, invert_edit_friendly, invert_obelm, invert_turbo_edit
 from ..inversion.run import Guidance, Refinement, as_trajectory, ddim_sigmas, invert, karras_sigmas, record, resample
 from ..inversion.virtual import PRESETS, invert_virtually, schedule
 from .edits import directed, encode, errors, local_blend, prompt_edit, prompt_to_prompt
@@ -192,6 +192,12 @@ def o_belm(batch: Batch) -> Inverted:
     sigmas = karras_sigmas(batch.model, batch.steps)[round(0.2 * batch.steps) :]
     trajectory, sampler = invert_obelm(batch.model, Guidance(batch.source), batch.latent, sigmas)
     return Inverted(batch.model, trajectory, batch.negative, sampler)
+
+
+def turbo_edit(batch: Batch) -> Inverted:
+    """The source's prompt is the negative: guidance is the paper's pseudo-guidance."""
+    trajectory, sampler = invert_turbo_edit(batch.model, batch.source, batch.latent, batch.steps, batch.arguments.seed)
+    return Inverted(batch.model, trajectory, batch.source, sampler)
 
 
 def virtual(preset: str, batch: Batch) -> Inverted:
@@ -340,6 +346,7 @@ GRID += [(inversion, "P2P") for inversion in ABLATIONS]
 VIRTUAL = {f"virtual {preset}": partial(virtual, preset) for preset in PRESETS}
 GRID += [(inversion, editor) for inversion in VIRTUAL for editor in ("naive", "P2P", "PnP", "MasaCtrl")]
 INVERSIONS |= ABLATIONS | VIRTUAL
+INVERSIONS["TurboEdit"] = turbo_edit  # for few steps alone: `bench steps`
 UPON = dict.fromkeys(("drifting DDIM", "negative prompt", NULL_TEXT, *ABLATIONS), DDIM)
 UPON["null text, of the source alone"] = NULL_TEXT
 

@@ -13,12 +13,20 @@ import torch
 
 from palimpsest.benchmarks import steps
 
-FEW = ["DDIM + naive", "DDIM + P2P", "O-BELM + naive", "edit friendly + P2P", "virtual InfEdit + MasaCtrl"]
+FEW = [
+    "DDIM + naive",
+    "DDIM + P2P",
+    "O-BELM + naive",
+    "edit friendly + P2P",
+    "TurboEdit + naive",
+    "virtual InfEdit + MasaCtrl",
+]
 ROWS = {  # of 4 steps: the inversion's, then the edit's
     "DDIM + naive": 4 + 4 * 2,
     "DDIM + P2P": 4 + 4 * 3,
     "O-BELM + naive": (3 + 1) + (2 + 1) * 2,  # 0.8 of the schedule; one call more each way, to see that they repeat
     "edit friendly + P2P": (3 + 1) + (3 + 1) * 3,  # 0.64 of it
+    "TurboEdit + naive": (4 + 1) + (4 + 1) * 2,
     "virtual InfEdit + MasaCtrl": 4 * 3,
 }
 
