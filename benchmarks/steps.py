@@ -27,8 +27,9 @@ RECIPES += [
     for editor in ("naive", "P2P")
 ]
 RECIPES += [f"{name} + {editor}" for name in VIRTUAL for editor in EDITORS]
+RECIPES += [f"{name} + InfEdit's control" for name in ("virtual FlowEdit", "virtual InfEdit")]
 REFERENCE = "DDIM + P2P", 20
-STYLES = dict(zip(EDITORS, ("-", "--", ":", "-."), strict=True))
+STYLES = dict(zip((*EDITORS, "InfEdit's control"), ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1))), strict=True))
 MEASURES = {"inside": "inside the change, dB", "outside": "outside it, dB", "shown": "asked change shown, %"}
 
 Results = dict[tuple[str, int], list[Row]]

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from ..attention.local_blend import LocalBlend
 from ..attention.masactrl import MasaCtrl
+from ..attention.p2p import PRESETS as P2P_PRESETS
 from ..attention.pnp import PlugAndPlay
 from ..demo import edits as demo_edits
 from ..demo import model as demo_model
@@ -56,7 +57,7 @@ from ..inversion.null_text import null_text
 from ..inversion.replay import invert_edict, invert_edit_friendly, invert_obelm, invert_turbo_edit
 from ..inversion.run import Guidance, Refinement, as_trajectory, ddim_sigmas, invert, karras_sigmas, record, resample
 from ..inversion.virtual import PRESETS, invert_virtually, schedule
-from .edits import directed, encode, errors, local_blend, prompt_edit, prompt_to_prompt
+from .edits import directed, encode, errors, local_blend, one_edit, prompt_edit, prompt_to_prompt
 from .picture import decode
 
 matplotlib.use("agg")
@@ -261,6 +262,12 @@ def p2p(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
     return attach(inverted.model, inverted.trajectory, rule), batch.target
 
 
+def unified(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
+    """InfEdit's attention control (arXiv 2312.04965)"""
+    rule = one_edit(batch.edits, 1.0, P2P_PRESETS["InfEdit"])
+    return attach(inverted.model, inverted.trajectory, rule), batch.target
+
+
 def blended(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
     model, target = p2p(batch, inverted)
     return attach_blend(model, inverted.trajectory, local_blend(batch.edits)), target
@@ -344,7 +351,9 @@ ABLATIONS: dict[str, Callable[[Batch], Inverted]] = {
 }
 GRID += [(inversion, "P2P") for inversion in ABLATIONS]
 VIRTUAL = {f"virtual {preset}": partial(virtual, preset) for preset in PRESETS}
+EDITORS["InfEdit's control"] = unified  # for virtual inversion alone
 GRID += [(inversion, editor) for inversion in VIRTUAL for editor in ("naive", "P2P", "PnP", "MasaCtrl")]
+GRID += [("virtual InfEdit", "InfEdit's control")]
 INVERSIONS |= ABLATIONS | VIRTUAL
 INVERSIONS["TurboEdit"] = turbo_edit  # for few steps alone: `bench steps`
 UPON = dict.fromkeys(("drifting DDIM", "negative prompt", NULL_TEXT, *ABLATIONS), DDIM)
