@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import normalize, pad
 
 from ..host.words import Special, Words, specials
 
 ALIGNMENTS = ("auto", "swap", "refine")
+SIMILAR = "similar"  # InfEdit's refinement, which knows the prompts' embeddings: of a PromptEdit alone
 
 # --- alignment -------------------------------------------------------------------------------------------------------
 
@@ -82,14 +83,15 @@ class Carry(NamedTuple):
     own: Tensor
 
 
-def carry_over(source: Words, target: Words, alignment: str) -> Carry:
+def carry_over(source: Words, target: Words, alignment: str, likeness: Tensor | None = None) -> Carry:
     """How the target's tokens take over the source's attention, by alignment "swap" or "refine".
 
     Swap (Prompt-to-Prompt, arXiv 2208.01626, section 3.2: replacement) pairs words, refine (prompt refinement) tokens.
     Either way the attention of start, end and padding is conserved, however much of it the other prompt has.
+    likeness: [source tokens, target tokens], by which refinement pairs tokens that are not the same as well.
     """
     matrix = torch.zeros(source.length, target.length)
-    for rows, columns in (_swapped if alignment == "swap" else _refined)(source, target):
+    for rows, columns in _swapped(source, target) if alignment == "swap" else _refined(source, target, likeness):
         if len(rows) == len(columns):
             matrix[rows, columns] = 1
         elif columns:
@@ -111,10 +113,18 @@ def _swapped(source: Words, target: Words) -> Iterator[tuple[list[int], list[int
             yield [*chain.from_iterable(ones)], [*chain.from_iterable(others)]
 
 
-def _refined(source: Words, target: Words) -> Iterator[tuple[list[int], list[int]]]:
+def _refined(source: Words, target: Words, likeness: Tensor | None) -> Iterator[tuple[list[int], list[int]]]:
+    """The tokens that both have; and of what lies between two such pairs, the two that are most alike."""
     ones, others = ([*chain.from_iterable(prompt.tokens)] for prompt in (source, target))
     pairs = align([source.pieces[i] for i in ones], [target.pieces[j] for j in others])
     yield [ones[i] for i, _ in pairs], [others[j] for _, j in pairs]
+    if likeness is None:
+        return
+    for (i, j), (next_i, next_j) in pairwise([(-1, -1), *pairs, (len(ones), len(others))]):
+        between, across = ones[i + 1 : next_i], others[j + 1 : next_j]
+        if between and across:
+            row, column = divmod(int(likeness[between][:, across].argmax()), len(across))
+            yield [between[row]], [across[column]]
 
 
 def _paired_specials(source: Words, target: Words) -> Iterator[tuple[Special, list[Special]]]:
@@ -157,12 +167,17 @@ class PromptEdit(NamedTuple):
         """For all targets: source [K, source tokens, target tokens], own [K, target tokens].
 
         Of a repeated target, the source's attention goes to the first copy, the target's own to all. `alignment`
-        overrides each target's.
+        overrides each target's, and may be `SIMILAR`: refinement in which of the tokens between two that both prompts
+        have, the two whose embeddings have the greatest cosine are paired too (InfEdit, arXiv 2312.04965).
         """
         length = self.embeddings[1].shape[1]
+        likeness = [None] * len(self.targets)
+        if alignment == SIMILAR:
+            source, *targets = (normalize(tokens.float(), dim=-1) for side in self.embeddings for tokens in side)
+            likeness = [source @ target.T for target in targets]
         carries = [
-            carry_over(self.source, target, alignment or own)
-            for target, own in zip(self.targets, self.alignments, strict=True)
+            carry_over(self.source, target, alignment or own, alike)
+            for target, own, alike in zip(self.targets, self.alignments, likeness, strict=True)
         ]
         return Carry(
             torch.stack([pad(carry.source, (0, length - len(carry.own))) for carry in carries]),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..host.layer import Inputs, Layer, Read
-from .alignment import Carry, same_prompt
+from .alignment import SIMILAR, Carry, same_prompt
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ NEVER = Window(0.0, 0.0)
 
 @dataclass(frozen=True)
 class Settings:
-    """Schedules of an edit. alignment: "swap" or "refine", None for the Prompt Edit's own. new_words: their gain."""
+    """Schedules of an edit. new_words: their gain.
+
+    alignment: "swap", "refine" or SIMILAR, None for the Prompt Edit's own.
+    """
 
     cross: Window
     self_: Window
@@ -49,6 +52,7 @@ PRESETS = {
     "paper": Settings(Window(0.0, 0.8), Window(0.0, 0.4), 16),
     "null-text notebook": Settings(Window(0.0, 0.8), Window(0.0, 0.5), 32),
     "PIE-Bench": Settings(Window(0.0, 0.4), Window(0.0, 0.6), 32, "refine", 2.0),
+    "InfEdit": Settings(Window(0.0, 0.7), Window(0.0, 0.7), 1024, SIMILAR),  # layers of every size
 }
 
 

@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 from ..attention.alignment import Carry, PromptEdit
 from ..attention.local_blend import LocalBlend
 from ..attention.masactrl import MasaCtrl
-from ..attention.p2p import PromptToPrompt, Window
+from ..attention.p2p import PromptToPrompt, Settings, Window
 from ..attention.phrases import changed_columns
 from ..attention.pnp import PlugAndPlay
 from ..demo import edits as demo_edits
@@ -177,13 +177,19 @@ def prompt_edit(clip, case: Edit, alignment: str) -> PromptEdit:
 
 
 def prompt_to_prompt(edits: list[PromptEdit], weight: float, arguments: argparse.Namespace) -> PromptToPrompt:
-    """One edit for the batch, a table for each image, its changed words weighed by `weight`."""
-    carry = Carry(*map(torch.cat, zip(*(edit.carry() for edit in edits), strict=True)))
+    """By the arguments cross and self_, its changed words weighed by `weight`."""
+    return one_edit(edits, weight, Settings(Window(0, arguments.cross), Window(0, arguments.self_), 32))
+
+
+def one_edit(edits: list[PromptEdit], weight: float, settings: Settings) -> PromptToPrompt:
+    """One edit for the batch, a table for each image."""
+    carry = Carry(*map(torch.cat, zip(*(edit.carry(settings.alignment) for edit in edits), strict=True)))
     target = torch.cat([edit.embeddings[1] for edit in edits])
     changed = torch.cat([edit.carry("refine").own for edit in edits])
     until = torch.zeros(2, *changed.shape)
-    until[1] = arguments.cross
-    return PromptToPrompt(carry, target, 1 + (weight - 1) * changed, until, Window(0, arguments.self_), 32**2)
+    until[1] = settings.cross.end
+    gain = 1 + (weight - 1) * changed
+    return PromptToPrompt(carry, target, gain, until, settings.self_, settings.self_max_side**2)
 
 
 def local_blend(edits: list[PromptEdit]) -> LocalBlend:

@@ -1,63 +1,128 @@
 """What an edit is worth at 4 to 50 steps, against the rows of the network that it costs, with and without inversion.
 
-Scenes, edits and scores are those of `bench edits`; the settings are the same at every number of steps.
+Edits, recipes and scores are those of `bench truth`, whose settings are here the same at every number of steps. Results
+are kept edit by edit in a CSV file, by which a run goes on where it was interrupted; two tables and a plot are made of
+it, the second table beside the edit that is told apart by `REFERENCE`.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+from pathlib import Path
 
-import comfy.samplers
+import matplotlib
 import numpy as np
-import torch
+from matplotlib.figure import Figure
 
-from ..attention.pnp import PlugAndPlay
-from ..demo import model as demo_model
-from ..demo import scenes
-from ..host.branch.source import attach
-from ..host.run.cost import metered
-from ..host.unet.tree import decoder_from_second
-from ..inversion.ddim import leading_sigmas
-from ..inversion.run import Guidance, invert, resample
-from ..inversion.virtual import PRESETS, invert_virtually, schedule
-from .edits import DIRECT, DIRECT_PNP, draw_cases, encode, measure, prompt_edit, prompt_to_prompt
-from .picture import decode
+from .truth import SETTINGS, VIRTUAL, Row, add_shared_arguments, measured
+
+matplotlib.use("agg")
+
+EDITORS = ("naive", "P2P", "PnP", "MasaCtrl")
+RECIPES = [f"DDIM + {editor}" for editor in EDITORS]
+RECIPES += [
+    f"{name} + {editor}"
+    for name in ("second order", "O-BELM", "edit friendly", "TurboEdit")
+    for editor in ("naive", "P2P")
+]
+RECIPES += [f"{name} + {editor}" for name in VIRTUAL for editor in EDITORS]
+RECIPES += [f"{name} + InfEdit's control" for name in ("virtual FlowEdit", "virtual InfEdit")]
+REFERENCE = "DDIM + P2P", 20
+STYLES = dict(zip((*EDITORS, "InfEdit's control"), ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1))), strict=True))
+MEASURES = {"inside": "inside the change, dB", "outside": "outside it, dB", "shown": "asked change shown, %"}
+
+Results = dict[tuple[str, int], list[Row]]
+"""By recipe and number of steps, in order of the edits."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--scenes", type=int, default=24)
-    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 12, 20, 50])
-    parser.add_argument("--cfg", type=float, default=3.0)
-    parser.add_argument("--strength", type=float, default=0.7, help="of Virtual Inversion")
-    parser.add_argument("--seed", type=int, default=2026)
-    parser.set_defaults(cross=0.8, self_=0.4)
+    add_shared_arguments(parser)
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 12, 20, 50], help="of the nodes, 4 to 50")
+    parser.add_argument("--rows", type=float, default=16, help="the most that the second table shows")
+    parser.set_defaults(edits=40, cfg=3.0, folder=Path("steps"))
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """A Markdown table: means over the scenes, rows of one image's edit with its inversion."""
-    model, clip, vae = demo_model.load()
-    cases = draw_cases("swap", arguments.scenes, arguments.seed)
-    source, target = ([encode(clip, [getattr(case, side).caption for case in cases])] for side in ("source", "target"))
-    guided = Guidance(target, [encode(clip, [""])], arguments.cfg)
-    samples = vae.encode(torch.from_numpy(np.stack([scenes.render(case.source) for case in cases])))
-    p2p = prompt_to_prompt([prompt_edit(clip, case, "swap") for case in cases], 1.0, arguments)
-    decoder = decoder_from_second(model.model.diffusion_model)
-    inverted = {DIRECT: p2p, DIRECT_PNP: PlugAndPlay(tuple(decoder[:1]), tuple(decoder), 0.8, 0.5)}
-    table = model.get_model_object("model_sampling").sigmas
-    print(f"{len(cases)} scenes, cfg {arguments.cfg:g}\n")
-    print("| method | steps | rows | inside, dB | outside, dB | shown |\n|---|---|---|---|---|---|")
-    for steps in arguments.steps:
-        for method in (*inverted, *PRESETS):
-            counted, cost = metered(model)
-            if method in inverted:
-                trajectory = invert(counted, Guidance(source), samples, leading_sigmas(table, steps))
-                edited, sampler = attach(counted, trajectory, inverted[method]), "euler"
-            else:
-                sampler, fresh = PRESETS[method]
-                sigmas = schedule(model, "karras", steps, arguments.strength)
-                edited, trajectory = invert_virtually(counted, source, samples, sigmas, fresh)
-            latent = resample(edited, trajectory, guided, comfy.samplers.sampler_object(sampler))
-            scores = [measure(image, case) for image, case in zip(decode(vae, latent), cases, strict=True)]
-            inside, outside, shown = np.array(scores, float).mean(0)
-            cells = f"{sum(cost.rows) // len(cases)} | {inside:.1f} | {outside:.1f} | {shown * len(cases):.0f}"
-            print(f"| {method} | {steps} | {cells}/{len(cases)} |", flush=True)
+    rows, _ = measured(arguments, RECIPES, arguments.steps, SETTINGS)
+    results = grouped(rows)
+    tables = tabled(results) + compared(results, arguments.rows)
+    (arguments.folder / "table.md").write_text(tables)
+    print(tables)
+    plot({key: of for key, of in results.items() if not of[0].refused}, arguments.folder / "plot.png")
+
+
+def grouped(rows: Iterable[Row]) -> Results:
+    found: Results = {}
+    for row in sorted(rows, key=lambda row: (RECIPES.index(row.recipe), row.steps, row.case)):
+        found.setdefault((row.recipe, row.steps), []).append(row)
+    return found
+
+
+def mean(rows: list[Row], field: str) -> float:
+    """NaN outside the change of a whole picture, which counts for nothing."""
+    return float(np.nanmean([getattr(row, field) for row in rows]))
+
+
+def tabled(results: Results) -> str:
+    """Markdown: means over the edits, rows and seconds of one image's edit with its inversion."""
+    lines = ["| recipe | steps | rows | inside, dB | outside, dB | shown | and nothing else | s |", "|---" * 8 + "|"]
+    refusals = {}
+    for (recipe, steps), rows in results.items():
+        if rows[0].refused:
+            refusals[f"{recipe}: {rows[0].refused}"] = None
+            continue
+        counts = [f"{sum(getattr(row, name) for row in rows)}/{len(rows)}" for name in ("shown", "only")]
+        means = [f"{mean(rows, name):.1f}" for name in ("inside", "outside")]
+        cells = [recipe, f"{steps}", f"{mean(rows, 'rows'):g}", *means, *counts, f"{mean(rows, 'seconds'):.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"- Refused: {refusal}" for refusal in refusals)]) + "\n"
+
+
+def compared(results: Results, most: float) -> str:
+    """Markdown: differences from `REFERENCE`, edit by edit, with their standard errors, of what costs `most` rows."""
+    reference = results.get(REFERENCE)
+    if reference is None:
+        return ""
+    rows, shown = mean(reference, "rows"), sum(row.shown for row in reference)
+    lines = [
+        f"\nBeside {REFERENCE[0]} at {REFERENCE[1]} steps ({rows:g} rows, {shown}/{len(reference)} shown):\n",
+        "| recipe | steps | rows | inside, dB | outside, dB | shown | of its time |",
+        "|---" * 7 + "|",
+    ]
+    for (recipe, steps), rows in results.items():
+        if rows[0].refused or mean(rows, "rows") > most:
+            continue
+        gaps = [difference(rows, reference, field) for field in ("inside", "outside")]
+        more = sum(row.shown for row in rows) - shown
+        time = mean(rows, "seconds") / mean(reference, "seconds")
+        lines.append(f"| {recipe} | {steps} | {mean(rows, 'rows'):g} | {' | '.join(gaps)} | {more:+d} | {time:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def difference(rows: list[Row], reference: list[Row], field: str) -> str:
+    gaps = np.array([getattr(row, field) - getattr(other, field) for row, other in zip(rows, reference, strict=True)])
+    gaps = gaps[~np.isnan(gaps)]
+    return f"{gaps.mean():+.2f} ± {gaps.std(ddof=1) / len(gaps) ** 0.5:.2f}"
+
+
+def plot(results: Results, path: Path) -> None:
+    """Each measure against rows: one line a recipe, a colour for its inversion and a dash for its editor."""
+    figure = Figure((15, 6), layout="constrained")
+    panels = figure.subplots(1, len(MEASURES))
+    recipes = list(dict.fromkeys(recipe for recipe, _ in results))
+    inversions = list(dict.fromkeys(recipe.split(" + ")[0] for recipe in recipes))
+    for axes, (field, label) in zip(panels, MEASURES.items(), strict=True):
+        for recipe in recipes:
+            inversion, editor = recipe.split(" + ")
+            of = [rows for (name, _), rows in results.items() if name == recipe]
+            scale = 100 if field == "shown" else 1
+            points = [mean(rows, "rows") for rows in of], [scale * mean(rows, field) for rows in of]
+            color = f"C{inversions.index(inversion)}"
+            axes.plot(*points, STYLES[editor], color=color, marker=".", linewidth=1, label=recipe)
+        axes.set_xscale("log")
+        axes.set_xticks([10, 20, 50, 100, 200], ["10", "20", "50", "100", "200"])
+        axes.set_xlabel("rows of the network an edit")
+        axes.set_title(label, fontsize=10)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=130)

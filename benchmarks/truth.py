@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from ..attention.local_blend import LocalBlend
 from ..attention.masactrl import MasaCtrl
+from ..attention.p2p import PRESETS as P2P_PRESETS
 from ..attention.pnp import PlugAndPlay
 from ..demo import edits as demo_edits
 from ..demo import model as demo_model
@@ -47,13 +48,13 @@ from ..host.branch.guided import attach_rule
 from ..host.branch.source import attach, attach_blend
 from ..host.files.trajectory import DPMPP_2M, Trajectory
 from ..host.run.cost import Cost, metered
-from ..host.run.model import is_unet, noise_latent
+from ..host.run.model import is_flow, is_unet, noise_latent
 from ..inversion.diffedit import Settings as Differences
 from ..inversion.diffedit import difference_mask
 from ..inversion.flow_edit import edit_image, edit_trajectory
 from ..inversion.null_text import Settings as NullText
 from ..inversion.null_text import null_text
-from ..inversion.replay import invert_edict, invert_edit_friendly, invert_obelm
+from ..inversion.replay import invert_edict, invert_edit_friendly, invert_obelm, invert_turbo_edit
 from ..inversion.run import (
     UNI_INV,
     Guidance,
@@ -65,7 +66,8 @@ from ..inversion.run import (
     record,
     resample,
 )
-from .edits import directed, encode, errors, local_blend, prompt_edit, prompt_to_prompt
+from ..inversion.virtual import PRESETS, invert_virtually, schedule
+from .edits import directed, encode, errors, local_blend, one_edit, prompt_edit, prompt_to_prompt
 from .picture import decode
 
 matplotlib.use("agg")
@@ -74,11 +76,12 @@ matplotlib.use("agg")
 
 
 class Inverted(NamedTuple):
-    """What an inversion hands to the editors: the source's states, the negative and the sampler of the edit.
+    """What an inversion hands to the editors: the MODEL, the source's states, the negative and the edit's sampler.
 
     followed: where null text's negatives lead, beside the trajectory that they were fitted to.
     """
 
+    model: ModelPatcher
     trajectory: Trajectory
     negative: list
     sampler: Sampler
@@ -113,11 +116,11 @@ class Correction(NamedTuple):
 class Batch:
     """Some edits and what they share: encoded prompts, the inversions that were asked for, and what they cost."""
 
-    def __init__(self, loaded: tuple, cases: Sequence[Edit], arguments: argparse.Namespace) -> None:
+    def __init__(self, loaded: tuple, cases: Sequence[Edit], arguments: argparse.Namespace, steps: int) -> None:
         model, self.clip, vae = loaded
-        self.cases, self.arguments, self.cfg = cases, arguments, arguments.cfg
+        self.cases, self.arguments, self.cfg, self.steps = cases, arguments, arguments.cfg, steps
         self.model, self.cost = metered(model)
-        self.sigmas = ddim_sigmas(model, arguments.steps)
+        self.sigmas = ddim_sigmas(model, steps)
         self.source, self.target = (
             [encode(self.clip, [getattr(case, side).caption for case in cases])] for side in ("source", "target")
         )
@@ -147,30 +150,31 @@ def euler() -> Sampler:
 
 
 def ddim(batch: Batch) -> Inverted:
-    return Inverted(invert(batch.model, Guidance(batch.source), batch.latent, batch.sigmas), batch.negative, euler())
+    trajectory = invert(batch.model, Guidance(batch.source), batch.latent, batch.sigmas)
+    return Inverted(batch.model, trajectory, batch.negative, euler())
 
 
 def second_order(batch: Batch) -> Inverted:
     trajectory = invert(batch.model, Guidance(batch.source), batch.latent, batch.sigmas, solver=DPMPP_2M)
-    return Inverted(trajectory, batch.negative, comfy.samplers.sampler_object(DPMPP_2M))
+    return Inverted(batch.model, trajectory, batch.negative, comfy.samplers.sampler_object(DPMPP_2M))
 
 
 def uni_inv(batch: Batch) -> Inverted:
     trajectory = invert(batch.model, Guidance(batch.source), batch.latent, batch.sigmas, solver=UNI_INV)
-    return Inverted(trajectory, batch.negative, euler())
+    return Inverted(batch.model, trajectory, batch.negative, euler())
 
 
 def drifting(batch: Batch) -> Inverted:
     noise = noise_latent(batch.model, batch.inverted(DDIM)[0].trajectory)
     guidance = Guidance(batch.source, batch.negative, batch.cfg)
     trajectory, _ = record(batch.model, guidance, euler(), batch.sigmas, torch.zeros_like(noise), noise, seed=0)
-    return Inverted(trajectory, batch.negative, euler())
+    return Inverted(batch.model, trajectory, batch.negative, euler())
 
 
 def fixed_point(batch: Batch) -> Inverted:
     refinement = Refinement(iterations=3, average=1)
     trajectory = invert(batch.model, Guidance(batch.source), batch.latent, batch.sigmas, refinement)
-    return Inverted(trajectory, batch.negative, euler())
+    return Inverted(batch.model, trajectory, batch.negative, euler())
 
 
 def negative_prompt(batch: Batch) -> Inverted:
@@ -181,42 +185,59 @@ def null_texts(batch: Batch) -> Inverted:
     pivot = batch.inverted(DDIM)[0].trajectory
     settings = NullText(cfg=batch.cfg)
     negative, followed = null_text(batch.model, pivot, batch.negative, settings, checkpointing=False)
-    return Inverted(pivot, negative, euler(), followed)
+    return Inverted(batch.model, pivot, negative, euler(), followed)
 
 
 def null_text_of_source(batch: Batch) -> Inverted:
-    return Inverted(batch.inverted(NULL_TEXT)[0].followed, batch.negative, euler())
+    return Inverted(batch.model, batch.inverted(NULL_TEXT)[0].followed, batch.negative, euler())
 
 
 def edit_friendly(batch: Batch) -> Inverted:
-    sigmas, guidance = batch.sigmas[round(0.36 * batch.arguments.steps) :], Guidance(batch.source)
+    sigmas, guidance = batch.sigmas[round(0.36 * batch.steps) :], Guidance(batch.source)
     trajectory, sampler = invert_edit_friendly(batch.model, guidance, batch.latent, sigmas, 1.0, batch.arguments.seed)
-    return Inverted(trajectory, batch.negative, sampler)
+    return Inverted(batch.model, trajectory, batch.negative, sampler)
 
 
 def edict(batch: Batch) -> Inverted:
-    sigmas, guidance = batch.sigmas[round(0.2 * batch.arguments.steps) :], Guidance(batch.source)
+    sigmas, guidance = batch.sigmas[round(0.2 * batch.steps) :], Guidance(batch.source)
     trajectory, sampler = invert_edict(batch.model, guidance, batch.latent, sigmas, 0.93)
-    return Inverted(trajectory, batch.negative, sampler)
+    return Inverted(batch.model, trajectory, batch.negative, sampler)
 
 
 def o_belm(batch: Batch) -> Inverted:
-    steps = batch.arguments.steps
-    sigmas = karras_sigmas(batch.model, steps)[round(0.2 * steps) :]
+    sigmas = karras_sigmas(batch.model, batch.steps)[round(0.2 * batch.steps) :]
     trajectory, sampler = invert_obelm(batch.model, Guidance(batch.source), batch.latent, sigmas)
-    return Inverted(trajectory, batch.negative, sampler)
+    return Inverted(batch.model, trajectory, batch.negative, sampler)
+
+
+def turbo_edit(batch: Batch) -> Inverted:
+    """The source's prompt is the negative: guidance is the paper's pseudo-guidance."""
+    trajectory, sampler = invert_turbo_edit(batch.model, batch.source, batch.latent, batch.steps, batch.arguments.seed)
+    return Inverted(batch.model, trajectory, batch.source, sampler)
+
+
+def virtual(preset: str, batch: Batch) -> Inverted:
+    """No inversion: the image with noise on it, on a MODEL that edits it already."""
+    sampler, fresh = PRESETS[preset]
+    scheduler = "simple" if is_flow(batch.model) else "karras"
+    sigmas = schedule(batch.model, scheduler, batch.steps, batch.arguments.strength)
+    seed = batch.arguments.seed
+    model, trajectory = invert_virtually(batch.model, batch.source, batch.latent, sigmas, fresh, seed=seed)
+    return Inverted(model, trajectory, batch.negative, comfy.samplers.sampler_object(sampler))
 
 
 def corrected(correction: Correction, batch: Batch) -> Inverted:
     """The guided source, brought back to the inversion in part only (arXiv 2310.01506, section 5.3)."""
     trajectory, _ = guided_source(batch, correction)
-    return Inverted(trajectory, batch.negative, euler())
+    return Inverted(batch.model, trajectory, batch.negative, euler())
 
 
 def target_too(batch: Batch) -> Inverted:
     """The difference between the inversion and the guided source is added to the target as well."""
     trajectory, differences = guided_source(batch, Correction())
-    return Inverted(trajectory, batch.negative, KSAMPLER(partial(walk, after=lambda x, i: x + differences[i])))
+    return Inverted(
+        batch.model, trajectory, batch.negative, KSAMPLER(partial(walk, after=lambda x, i: x + differences[i]))
+    )
 
 
 def guided_source(batch: Batch, correction: Correction) -> tuple[Trajectory, list[Tensor]]:
@@ -248,12 +269,18 @@ def walk(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable, 
 
 
 def naive(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
-    return batch.model, batch.target
+    return inverted.model, batch.target
 
 
 def p2p(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
     rule = prompt_to_prompt(batch.edits, 1.0, batch.arguments)
-    return attach(batch.model, inverted.trajectory, rule), batch.target
+    return attach(inverted.model, inverted.trajectory, rule), batch.target
+
+
+def unified(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
+    """InfEdit's attention control (arXiv 2312.04965)"""
+    rule = one_edit(batch.edits, 1.0, P2P_PRESETS["InfEdit"])
+    return attach(inverted.model, inverted.trajectory, rule), batch.target
 
 
 def blended(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
@@ -263,7 +290,7 @@ def blended(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
 
 def diffedit(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
     """The new prompt where the two prompts predict different noise, the source elsewhere (arXiv 2210.11427)."""
-    return masked(batch, inverted, batch.model), batch.target
+    return masked(batch, inverted, inverted.model), batch.target
 
 
 def p2p_masked(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
@@ -289,24 +316,24 @@ def proximal(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
 
 
 def pnp(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
-    layout = tuple(layout_blocks(batch.model.model.diffusion_model))
-    rule = PlugAndPlay(layout[:1] if is_unet(batch.model) else (), layout, 0.8, 0.5)
-    return attach(batch.model, inverted.trajectory, rule), batch.target
+    layout = tuple(layout_blocks(inverted.model.model.diffusion_model))
+    rule = PlugAndPlay(layout[:1] if is_unet(inverted.model) else (), layout, 0.8, 0.5)
+    return attach(inverted.model, inverted.trajectory, rule), batch.target
 
 
 def masactrl(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
-    rule = MasaCtrl(last_layers(batch.model.model.diffusion_model, -1), 0.08, False, None)
-    return attach(batch.model, inverted.trajectory, rule), batch.target
+    rule = MasaCtrl(last_layers(inverted.model.model.diffusion_model, -1), 0.08, False, None)
+    return attach(inverted.model, inverted.trajectory, rule), batch.target
 
 
 def flow_edit_along(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
     """Flow Edit whose source is where the inversion had it, in place of under noise."""
-    return edit_trajectory(batch.model, inverted.trajectory), batch.target
+    return edit_trajectory(inverted.model, inverted.trajectory), batch.target
 
 
 def pix2pix_zero(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
     guide = CrossAttentionGuidance(0.3, 1.0, 64, False)
-    return attach_guide(batch.model, inverted.trajectory, guide, checkpointing=False), batch.moved
+    return attach_guide(inverted.model, inverted.trajectory, guide, checkpointing=False), batch.moved
 
 
 DDIM, NULL_TEXT, OF_FLOWS = "DDIM", "null text", "Uni-Inv"
@@ -345,7 +372,12 @@ ABLATIONS: dict[str, Callable[[Batch], Inverted]] = {
     "null text, of the source alone": null_text_of_source,
 }
 GRID += [(inversion, "P2P") for inversion in ABLATIONS]
-INVERSIONS |= ABLATIONS
+VIRTUAL = {f"virtual {preset}": partial(virtual, preset) for preset in PRESETS}
+EDITORS["InfEdit's control"] = unified  # for virtual inversion alone
+GRID += [(inversion, editor) for inversion in VIRTUAL for editor in ("naive", "P2P", "PnP", "MasaCtrl")]
+GRID += [("virtual InfEdit", "InfEdit's control")]
+INVERSIONS |= ABLATIONS | VIRTUAL
+INVERSIONS["TurboEdit"] = turbo_edit  # for few steps alone: `bench steps`
 UPON = dict.fromkeys(("drifting DDIM", "negative prompt", NULL_TEXT, *ABLATIONS), DDIM)
 UPON["null text, of the source alone"] = NULL_TEXT
 
@@ -367,7 +399,7 @@ def edit(batch: Batch, recipe: str) -> tuple[Tensor, Spent]:
 
 def img2img(batch: Batch, strength: float, model: ModelPatcher, mask: Tensor | None = None) -> Tensor:
     """The image noised to where the last steps begin, then sampled by the host; mask: as of Set Latent Noise Mask."""
-    sigmas = batch.sigmas[round((1 - strength) * batch.arguments.steps) :]
+    sigmas = batch.sigmas[round((1 - strength) * batch.steps) :]
     guider = Guidance(batch.target, batch.negative, batch.cfg).guider(model)
     return guider.sample(batch.noise(), batch.latent, euler(), sigmas, mask, seed=0).cpu()
 
@@ -418,6 +450,7 @@ class Row(NamedTuple):
     """One edit by one recipe: decibels to the true answer, verdicts, and its share of what the batch cost."""
 
     recipe: str
+    steps: int
     case: int
     kind: str
     inside: float
@@ -432,35 +465,54 @@ class Row(NamedTuple):
     def read(cls, line: dict[str, str]) -> Row:
         numbers = [float(line[name]) for name in ("inside", "outside", "rows", "seconds")]
         shown, only = (line[name] == "True" for name in ("shown", "only"))
-        return cls(
-            line["recipe"], int(line["case"]), line["kind"], *numbers[:2], shown, only, *numbers[2:], line["refused"]
-        )
+        steps, case = (int(line[name]) for name in ("steps", "case"))
+        return cls(line["recipe"], steps, case, line["kind"], *numbers[:2], shown, only, *numbers[2:], line["refused"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=WEIGHTS, default="unet", help="the demo model to edit with")
-    parser.add_argument("--edits", type=int, default=200, help="how many, of the ten kinds in turn")
-    parser.add_argument("--batch", type=int, default=20)
+    add_shared_arguments(parser)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=4.0)
+    parser.set_defaults(edits=200, cfg=4.0, folder=Path("truth"))
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """All but the steps, of which `bench steps` has several."""
+    parser.add_argument("--model", choices=WEIGHTS, default="unet", help="the demo model to edit with")
+    parser.add_argument("--edits", type=int, help="how many, of the ten kinds in turn")
+    parser.add_argument("--batch", type=int, default=20)
+    parser.add_argument("--cfg", type=float)
     parser.add_argument("--cross", type=float, default=0.8, help="cross_replace of Prompt-to-Prompt")
     parser.add_argument("--self", dest="self_", type=float, default=0.4, help="its self_replace")
+    parser.add_argument("--strength", type=float, default=0.7, help="of Virtual Inversion")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="recipes whose names hold one of these; else all")
     parser.add_argument("--seed", type=int, default=2026)
-    parser.add_argument("--folder", type=Path, default=Path("truth"), help="where results go, and are gone on from")
+    parser.add_argument("--folder", type=Path, help="where results go, and are gone on from")
 
 
 WEIGHTS = {"unet": demo_model.WEIGHTS, "flow": FLOW_WEIGHTS}
-SETTINGS = ("edits", "batch", "steps", "cfg", "cross", "self_", "seed")
+SETTINGS = ("edits", "batch", "cfg", "cross", "self_", "strength", "seed")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    recipes = RECIPES[arguments.model]
+    rows, cases = measured(arguments, recipes, [arguments.steps], (*SETTINGS, "steps"))
+    by_recipe = {name: of for name in recipes if (of := [row for row in rows if row.recipe == name])}
+    report(arguments.folder, by_recipe, cases, arguments.steps)
+
+
+def measured(
+    arguments: argparse.Namespace, recipes: Sequence[str], numbers_of_steps: Sequence[int], settings: Sequence[str]
+) -> tuple[list[Row], list[Edit]]:
+    """All results of the chosen recipes in the folder, those that it lacks made now, and the edits.
+
+    settings: the arguments that all results of a folder have in common.
+    """
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     weights = hashlib.sha256(WEIGHTS[arguments.model].read_bytes()).hexdigest()[:12]
-    settings = {name: getattr(arguments, name) for name in SETTINGS} | {"weights": weights}
-    check_settings(folder / "settings.json", settings)
-    recipes = RECIPES[arguments.model]
+    check_settings(
+        folder / "settings.json", {name: getattr(arguments, name) for name in settings} | {"weights": weights}
+    )
     chosen = [name for name in recipes if any(text in name for text in arguments.only or [""])]
     if not chosen:
         raise SystemExit(f"No recipe holds {' or '.join(arguments.only)}; there are: {'; '.join(recipes)}.")
@@ -469,27 +521,32 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.model == "flow":
         loaded = load_flow(), *loaded[1:]
     comfy.utils.PROGRESS_BAR_ENABLED = False
-    with tqdm(total=len(cases) * len(chosen), unit="edit") as bar:
+    with tqdm(total=len(cases) * len(chosen) * len(numbers_of_steps), unit="edit") as bar:
         for first in range(0, len(cases), arguments.batch):
             numbers = range(first, min(first + arguments.batch, len(cases)))
-            missing = [recipe for recipe in chosen if not results.hold(recipe, numbers)]
-            bar.update((len(chosen) - len(missing)) * len(numbers))
-            if missing:
-                batch = Batch(loaded, [cases[i] for i in numbers], arguments)
-                outcomes = [Outcomes(case) for case in batch.cases]
-            for recipe in missing:
-                bar.set_postfix_str(recipe)
-                results.add(score(batch, outcomes, recipe, numbers, loaded[2], folder / "pictures"))
-                bar.update(len(numbers))
-    report(folder, {name: [row for row in results.rows if row.recipe == name] for name in chosen}, cases)
+            outcomes: list[Outcomes] = []
+            for steps in numbers_of_steps:
+                missing = [recipe for recipe in chosen if not results.hold(recipe, steps, numbers)]
+                bar.update((len(chosen) - len(missing)) * len(numbers))
+                if missing:
+                    batch = Batch(loaded, [cases[i] for i in numbers], arguments, steps)
+                    outcomes = outcomes or [Outcomes(case) for case in batch.cases]
+                for recipe in missing:
+                    bar.set_postfix_str(f"{recipe}, {steps} steps")
+                    results.add(score(batch, outcomes, recipe, numbers, loaded[2], pictures_of(folder, steps)))
+                    bar.update(len(numbers))
+    return [row for row in results.rows if row.recipe in chosen and row.steps in numbers_of_steps], cases
+
+
+def pictures_of(folder: Path, steps: int) -> Path:
+    return folder / "pictures" / f"{steps} steps"
 
 
 def check_settings(path: Path, settings: dict) -> None:
     """Raises SystemExit where results of other settings lie beside `path`."""
     if path.exists() and (before := json.loads(path.read_text())) != settings:
-        other = ", ".join(
-            f"{name} {before[name]} (now {settings[name]})" for name in settings if before[name] != settings[name]
-        )
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        other = ", ".join(f"{name} {before.get(name)} (now {settings[name]})" for name in changed)
         raise SystemExit(f"{path.parent} holds results of other settings: {other}; name another --folder.")
     path.write_text(json.dumps(settings))
 
@@ -504,12 +561,12 @@ class Results:
             with path.open(newline="") as file:
                 self.rows = [Row.read(line) for line in csv.DictReader(file)]
 
-    def hold(self, recipe: str, numbers: Iterable[int]) -> bool:
-        return set(numbers) <= {row.case for row in self.rows if row.recipe == recipe}
+    def hold(self, recipe: str, steps: int, numbers: Iterable[int]) -> bool:
+        return set(numbers) <= {row.case for row in self.rows if (row.recipe, row.steps) == (recipe, steps)}
 
     def add(self, rows: list[Row]) -> None:
-        done = {(row.recipe, row.case) for row in rows}
-        self.rows = [row for row in self.rows if (row.recipe, row.case) not in done] + rows
+        done = {row[:3] for row in rows}
+        self.rows = [row for row in self.rows if row[:3] not in done] + rows
         partial_file = self.path.with_suffix(".partial")
         with partial_file.open("w", newline="") as file:
             writer = csv.writer(file)
@@ -530,11 +587,11 @@ def score(
         latent, spent = edit(batch, recipe)
     except ValueError as error:
         refused = 0.0, 0.0, False, False, 0.0, 0.0, str(error)
-        return [Row(recipe, i, case.kind, *refused) for i, case in zip(numbers, batch.cases, strict=True)]
+        return [Row(recipe, batch.steps, i, case.kind, *refused) for i, case in zip(numbers, batch.cases, strict=True)]
     each, rows = Spent(*(value / len(numbers) for value in spent)), []
     for number, image, outcome in zip(numbers, decode(vae, latent), outcomes, strict=True):
         case, verdict = outcome.edit, outcome.judge(image)
-        rows.append(Row(recipe, number, case.kind, *errors(image, case), *verdict, *each))
+        rows.append(Row(recipe, batch.steps, number, case.kind, *errors(image, case), *verdict, *each))
         if number < len(EDITS):
             save(pictures / f"{number}", recipe, image)
     return rows
@@ -549,14 +606,14 @@ def save(folder: Path, recipe: str, image: np.ndarray) -> None:
     picture.save(folder / f"{recipe}.png")
 
 
-def report(folder: Path, by_recipe: dict[str, list[Row]], cases: Sequence[Edit]) -> None:
+def report(folder: Path, by_recipe: dict[str, list[Row]], cases: Sequence[Edit], steps: int) -> None:
     """`table.md`, `plot.png` and a sheet of pictures for every kind of edit."""
     table = tabled(by_recipe)
     (folder / "table.md").write_text(table)
     print(table)
     plot({name: of for name, of in by_recipe.items() if not of[0].refused}, folder / "plot.png")
     for number, case in enumerate(cases[: len(EDITS)]):
-        found = [(name, folder / "pictures" / f"{number}" / f"{name}.png") for name in by_recipe]
+        found = [(name, pictures_of(folder, steps) / f"{number}" / f"{name}.png") for name in by_recipe]
         sheet(case, [(name, path) for name, path in found if path.exists()]).save(folder / f"{case.kind}.png")
 
 

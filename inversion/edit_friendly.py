@@ -1,9 +1,10 @@
 """Edit-friendly DDPM inversion (arXiv 2304.06140, algorithm 1): the noise that a stochastic sampler would have drawn.
 
 Each state is the image under noise of its own, z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) n_t with all n_t independent. The
-sampler's step z' = mu(z) + s n then asks for the noise map n that leads from one to the next; replayed, the maps give
-the image back whatever the guidance, and with another prompt an edit of it. Unlike the authors' code, s^2 = eta^2 times
-the posterior's variance in mu as well, and the last map is kept. Sampler space as in ddim.py. Pure torch.
+sampler's step z' = mu(z) + s n then asks for the noise map n that leads from one to the next, of which s n is kept;
+replayed, the maps give the image back whatever the guidance, and with another prompt an edit of it. Unlike the authors'
+code, s^2 = eta^2 times the posterior's variance in mu as well, and the last map is kept. Sampler space as in ddim.py.
+Pure torch.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ from torch import Tensor
 
 
 class Posterior(NamedTuple):
-    """Where a step leads, [b, c, h, w]: to `mean` plus `spread` times a noise map; and the denoised estimate."""
+    """Where a step leads but for its noise map, [b, c, h, w], and the denoised estimate."""
 
     mean: Tensor
-    spread: float
     denoised: Tensor
 
 
@@ -42,4 +42,4 @@ def posterior(
     denoised = denoise(x, sigma)
     spread = eta * sigma_next * (1 - (sigma_next / sigma) ** 2) ** 0.5
     mean = denoised + (sigma_next**2 - spread**2) ** 0.5 / sigma * (x - denoised)
-    return Posterior(mean, spread, denoised)
+    return Posterior(mean, denoised)

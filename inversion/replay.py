@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -18,6 +19,7 @@ from .ddim import step_up as ddim_step_up
 from .edict import Pair
 from .edit_friendly import independent_states, posterior
 from .run import Guidance, as_trajectory, asked_twice, check_inversion, sample
+from .turbo_edit import levels, limited, shifted_states
 
 EDIT_FRIENDLY, EDICT, OBELM = "Edit Friendly Inversion", "EDICT Inversion", "OBELM Inversion"
 FARTHEST = 1e12  # where float64, in which the pair is kept, holds no more than four decimals of the image
@@ -34,28 +36,31 @@ class EditFriendlySampler(OwnSampler):
         denoise = asked_twice(run.denoise, f"The sampler of {EDIT_FRIENDLY}")
         x = self.trajectory.states[0].to(run.latent).expand_as(run.latent).clone()
         for i, sigma, sigma_next in run.steps():
-            mean, spread, denoised = posterior(x, sigma, sigma_next, denoise, self.eta)
-            x = mean + spread * self.maps[i].to(x)
+            mean, denoised = posterior(x, sigma, sigma_next, denoise, self.eta)
+            x = mean + self.maps[i].to(x)
             run.report(i, denoised, x)
         return x
 
 
 class EditFriendlyWalk(OwnSampler):
-    """Finds the noise maps, walking from the noise to the image as their replay will. Made anew for each run."""
+    """Finds the noise maps, walking from the noise to the image as their replay will. Made anew for each run.
 
-    def __init__(self, eta: float, seed: int) -> None:
-        self.eta, self.seed = eta, seed
+    states_of: the states of an image [b, c, h, w] at falling sigmas.
+    """
+
+    def __init__(self, eta: float, states_of: Callable[[Tensor, Tensor], list[Tensor]]) -> None:
+        self.eta, self.states_of = eta, states_of
         self.states: list[Tensor] = []
         self.maps: list[Tensor] = []
 
     def walk(self, run: Run) -> Tensor:
         denoise = asked_twice(run.denoise, EDIT_FRIENDLY)
-        x, *wanted = independent_states(run.latent, run.sigmas, self.seed)
+        x, *wanted = self.states_of(run.latent, run.sigmas)
         self.states.append(x.to("cpu", torch.float32))
         for i, sigma, sigma_next in run.steps():
-            mean, spread, denoised = posterior(x, sigma, sigma_next, denoise, self.eta)
-            self.maps.append(((wanted[i] - mean) / spread).to("cpu", torch.float32))
-            x = mean + spread * self.maps[-1].to(x)  # as rounded in the replay, so that its errors do not add up
+            mean, denoised = posterior(x, sigma, sigma_next, denoise, self.eta)
+            self.maps.append((wanted[i] - mean).to("cpu", torch.float32))
+            x = mean + self.maps[-1].to(x)  # as rounded in the replay, so that its errors do not add up
             self.states.append(x.to("cpu", torch.float32))
             run.report(i, denoised, x)
         return x
@@ -68,11 +73,31 @@ def invert_edit_friendly(
 
     Raises ValueError for models, latents and settings that cannot be inverted.
     """
-    check_inversion(EDIT_FRIENDLY, model, guidance, samples)
-    walk = EditFriendlyWalk(eta, seed)
-    sample(model, guidance, walk, sigmas, torch.zeros_like(samples), samples, seed=0)
-    trajectory = as_trajectory(model, guidance, walk.states, sigmas)
+    walk = EditFriendlyWalk(eta, partial(independent_states, seed=seed))
+    trajectory = _walked(model, guidance, samples, sigmas, walk)
     return trajectory, EditFriendlySampler(trajectory, tuple(walk.maps), eta)
+
+
+def invert_turbo_edit(
+    model: ModelPatcher, source: list, samples: Tensor, steps: int, seed: int
+) -> tuple[Trajectory, EditFriendlySampler]:
+    """As invert_edit_friendly, by the shifted states at the labels of TurboEdit's `steps` steps (turbo_edit.py).
+
+    source: the prompt that says what the image shows. Raises ValueError for models and latents that cannot be inverted.
+    """
+    shifted = levels(model.get_model_object("model_sampling").sigmas.cpu(), steps)
+    walk = EditFriendlyWalk(1.0, lambda image, _: shifted_states(image, shifted, seed))
+    trajectory = _walked(model, Guidance(source), samples, shifted.labels, walk)
+    *maps, last = walk.maps
+    return trajectory, EditFriendlySampler(trajectory, (*maps, limited(last)), 1.0)
+
+
+def _walked(
+    model: ModelPatcher, guidance: Guidance, samples: Tensor, sigmas: Tensor, walk: EditFriendlyWalk
+) -> Trajectory:
+    check_inversion(EDIT_FRIENDLY, model, guidance, samples)
+    sample(model, guidance, walk, sigmas, torch.zeros_like(samples), samples, seed=0)
+    return as_trajectory(model, guidance, walk.states, sigmas)
 
 
 class EDICTSampler(OwnSampler):

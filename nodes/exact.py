@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..host.files.trajectory import Trajectory
 from ..host.run.cost import Cost, metered
-from ..inversion.replay import invert_edict, invert_edit_friendly, invert_obelm
+from ..inversion.replay import invert_edict, invert_edit_friendly, invert_obelm, invert_turbo_edit
 from ..inversion.run import Guidance, ddim_sigmas, karras_sigmas
 from . import sockets
 from .telling import HIDDEN, tell
@@ -24,6 +24,8 @@ from .widgets import (
     seed_of,
     spent,
 )
+
+CUSTOM, TURBO_EDIT = "custom", {"TurboEdit, 4 steps": 4, "TurboEdit, 3 steps": 3}
 
 
 def common_inputs(steps: int, cfg: float) -> list[io.Input]:
@@ -78,7 +80,16 @@ class EditFriendlyInversion(io.ComfyNode):
                 "them: with the same prompt and cfg they give the image, with another prompt an edit of it. Connect "
                 "trajectory and sampler to Edit Sampler, or noise, sigmas and sampler to SamplerCustom."
             ),
-            search_aliases=["ddpm inversion", "edit friendly ddpm", "invert", "noise maps", "ledits", "real image"],
+            search_aliases=[
+                "ddpm inversion",
+                "edit friendly ddpm",
+                "invert",
+                "noise maps",
+                "ledits",
+                "turboedit",
+                "sdxl turbo",
+                "real image",
+            ],
             inputs=[
                 *common_inputs(steps=100, cfg=3.5),
                 fraction("skip", 0.36, "How much of the schedule is left out. More keeps more of the image."),
@@ -95,14 +106,30 @@ class EditFriendlyInversion(io.ComfyNode):
                     tooltip="How much noise a step has: 1 is DDPM. With less, the maps weigh less and the prompt more.",
                 ),
                 encoder(),
+                io.Combo.Input(
+                    "preset",
+                    options=[CUSTOM, *TURBO_EDIT],
+                    default=CUSTOM,
+                    optional=True,
+                    tooltip=(
+                        "TurboEdit, for models distilled to a few steps such as SDXL Turbo, in place of steps, cfg, "
+                        "skip and eta. Sample it at cfg 1.5 with the source prompt as negative. custom is DDPM, by "
+                        "the inputs above."
+                    ),
+                ),
             ],
             hidden=HIDDEN,
             outputs=outputs("Replays the noise maps from noise along sigmas, with any prompt and cfg."),
         )
 
     @classmethod
-    def execute(cls, model, source, image, steps, cfg, skip, seed, negative=None, eta=1.0, vae=None) -> io.NodeOutput:
+    def execute(
+        cls, model, source, image, steps, cfg, skip, seed, negative=None, eta=1.0, vae=None, preset=CUSTOM
+    ) -> io.NodeOutput:
         samples = latent_of(image, vae, "Edit Friendly Inversion")
+        if preset != CUSTOM:
+            model, cost = metered(model)
+            return answer(cls, model, cost, *invert_turbo_edit(model, source, samples, TURBO_EDIT[preset], seed))
         skipped = round(skip * steps)
         if skipped == steps:
             raise ValueError(f"Edit Friendly Inversion leaves out all {steps} steps at skip {skip:g}: lower skip.")

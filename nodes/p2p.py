@@ -55,8 +55,8 @@ class P2PAttentionController(io.ComfyNode):
                     default=CUSTOM,
                     tooltip=(
                         "Settings of the literature, in place of the schedules below: the paper's (0.8, 0.4, 16), the "
-                        "null-text notebook's for real images (0.8, 0.5, 32), or the PIE-Bench run's (refine, 0.4, "
-                        "0.6, 32, new words weighed by 2)."
+                        "null-text notebook's for real images (0.8, 0.5, 32), the PIE-Bench run's (refine, 0.4, 0.6, "
+                        "32, new words weighed by 2), or InfEdit's (0.7, 0.7, every layer), for Virtual Inversion."
                     ),
                 ),
                 fraction(

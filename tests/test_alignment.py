@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from palimpsest.attention import alignment_picture
-from palimpsest.attention.alignment import Carry, PromptEdit, align, carry_over, join, resolve
+from palimpsest.attention.alignment import SIMILAR, Carry, PromptEdit, align, carry_over, join, resolve
 from palimpsest.host.run.tokens import prompt_words
 from palimpsest.host.words import Words, find_words, specials, words
 from palimpsest.nodes.prompt import BatchPromptEdits
@@ -460,6 +460,25 @@ def test_an_alignment_for_all_targets() -> None:
     refined = edit.carry("refine")
     for k, target in enumerate(edit.targets):
         assert torch.equal(refined.source[k, :, : target.length], carry_over(edit.source, target, "refine").source)
+
+
+@pytest.mark.parametrize(("old", "new"), [("cat", "dog"), ("red", "fluffy"), ("cat", "blue")])
+def test_the_most_similar_of_what_lies_between_is_paired_too(old: str, new: str) -> None:
+    """InfEdit's alignment: one pair in every gap that has tokens on both sides, by the cosine of their embeddings."""
+    edit = edit_of("a red cat on a mat at night", ["a blue fluffy dog on the mat", "a red cat on a large mat at night"])
+    source, target = edit.source, edit.targets[0]
+    of_old, of_new = source.tokens[source.texts.index(old)][0], target.tokens[target.texts.index(new)][0]
+    edit.embeddings[1][0, of_new] = 0.01 * edit.embeddings[0][0, of_old]  # its direction, not its length
+    carry, refined = edit.carry(SIMILAR), edit.carry("refine")
+    pairs = refined.source[0].clone()
+    pairs[of_old, of_new] = 1
+    pairs[source.tokens[4][0], target.tokens[5][0]] = 1  # "a" and "the", alone in their gap
+    assert torch.equal(carry.source[0], pairs)
+    own = refined.own[0].clone()
+    own[[of_new, target.tokens[5][0]]] = 0
+    assert torch.equal(carry.own[0], own)
+    assert own[[token for token, text in enumerate(target.pieces) if text == "blue</w>"]].any() == (new != "blue")
+    assert torch.equal(carry.source[1], refined.source[1])  # a word that is added alone has nothing to be paired with
 
 
 def test_batch_prompt_edits_joins_in_order() -> None:

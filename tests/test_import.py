@@ -27,7 +27,7 @@ import palimpsest
 import palimpsest.attention.p2p, palimpsest.attention.alignment
 import palimpsest.host.files.trajectory, palimpsest.host.words, palimpsest.inversion.ddim
 import palimpsest.inversion.fixed_point, palimpsest.inversion.regularise
-import palimpsest.inversion.edit_friendly, palimpsest.inversion.edict
+import palimpsest.inversion.edit_friendly, palimpsest.inversion.turbo_edit, palimpsest.inversion.edict
 import palimpsest.inversion.dpm_solver, palimpsest.inversion.obelm, palimpsest.inversion.uni_inv
 import palimpsest.guidance.negative_prompt, palimpsest.guidance.proximal, palimpsest.guidance.cross_attention
 import palimpsest.guidance.direction, palimpsest.guidance.sentences

@@ -17,6 +17,7 @@ from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from torch import Tensor
 
+from flows import FLOWS
 from palimpsest.attention.p2p import Window
 from palimpsest.guidance.cross_attention import CrossAttentionGuidance
 from palimpsest.guidance.negative_prompt import CONSTANT, LINEAR, Mixture
@@ -25,10 +26,13 @@ from palimpsest.host.branch.guide import attach_guide
 from palimpsest.host.branch.guided import attach_rule
 from palimpsest.host.branch.negatives import attach_mixture
 from palimpsest.host.branch.source import attach, attach_blend
+from palimpsest.inversion.flow_edit import edit_image
 from palimpsest.inversion.null_text import Settings, null_text
 from palimpsest.inversion.replay import invert_edict, invert_edit_friendly, invert_obelm
-from palimpsest.inversion.run import Guidance, invert, record
+from palimpsest.inversion.run import Guidance, invert, record, resample
+from palimpsest.inversion.virtual import invert_virtually, schedule
 from test_composition import TOKENS, blend, close, controlnet, edit, stored
+from test_flow_edit import Parts
 from test_source import split
 from tiny import Tiny, conditioning, rows_of
 
@@ -329,3 +333,59 @@ def test_edits_are_the_same_whatever_was_compiled_before(first: str) -> None:
     recorded, wanted = stored(compiled(tiny.model), tiny), stored(tiny.model, tiny)
     assert recorded.layers == wanted.layers
     assert all(close(*maps) for maps in zip(recorded.maps, wanted.maps, strict=True))
+
+
+class Counted:
+    """A backend that runs the captured calls as they are, and counts them."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        def run(*args):
+            self.runs += 1
+            return graph.forward(*args)
+
+        return run
+
+
+@pytest.mark.usefixtures("_nothing_compiled")
+@pytest.mark.parametrize("first", ["virtual", "plain"])
+def test_an_edit_that_reads_nothing_inside_runs_compiled(first: str) -> None:
+    """Virtual Inversion on a compiled MODEL, whichever MODEL of the checkpoint the code was made for; others do not."""
+    tiny, backend = Tiny(), Counted()
+    options = {"guard_filter_fn": skip_torch_compile_dict}
+
+    def compiled(model: ModelPatcher) -> ModelPatcher:
+        model = model.clone(disable_dynamic=True)
+        set_torch_compile_wrapper(model, backend, options=options)
+        return model
+
+    def virtual(model: ModelPatcher, reading: bool) -> Tensor:
+        model, trajectory = invert_virtually(model, tiny.source, tiny.image, schedule(model, "simple", 4, 0.6), True)
+        if reading:
+            model = attach(model, trajectory, edit("masactrl"))
+        return resample(model, trajectory, Guidance(tiny.target, tiny.negative, 3.0), sampler_object("euler"))
+
+    runs = {
+        "virtual": (lambda model: virtual(model, False), 4),
+        "plain": (tiny.sample, tiny.steps),
+        "reading": (lambda model: virtual(model, True), 0),
+    }
+    wanted = {name: run(tiny.model) for name, (run, _) in runs.items()}
+    assert not close(wanted["virtual"], wanted["reading"])
+    for name in (first, *runs, first):
+        run, calls = runs[name]
+        backend.runs = 0
+        assert torch.equal(run(compiled(tiny.model)), wanted[name])
+        assert backend.runs == calls
+
+
+@pytest.mark.usefixtures("_nothing_compiled")
+def test_a_flow_models_edit_that_reads_nothing_inside_runs_compiled() -> None:
+    parts, backend = Parts(FLOWS["Flux"]), Counted()
+    wanted = parts.sample(edit_image(parts.model, parts.source, parts.image))
+    model = parts.model.clone(disable_dynamic=True)
+    set_torch_compile_wrapper(model, backend, options={"guard_filter_fn": skip_torch_compile_dict})
+    assert torch.equal(parts.sample(edit_image(model, parts.source, parts.image)), wanted)
+    assert backend.runs > 0

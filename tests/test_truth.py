@@ -132,7 +132,7 @@ def test_the_true_mask_leaves_the_rest_as_it_was(demo: tuple) -> None:
     parser = argparse.ArgumentParser()
     truth.add_arguments(parser)
     cases = truth.draw_cases(3, seed=2026)
-    batch = truth.Batch((load_flow(), *demo[1:]), cases, parser.parse_args(["--steps", "4"]))
+    batch = truth.Batch((load_flow(), *demo[1:]), cases, parser.parse_args([]), steps=4)
     changed = torch.nn.functional.max_pool2d(truth.true_mask(batch), 24, 8, 8)  # a position of 8 pixels and around it
     kept = (changed == 0).expand_as(batch.latent)
     assert kept.any()

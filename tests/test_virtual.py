@@ -16,6 +16,7 @@ from comfy.samplers import KSAMPLER, Sampler
 from comfy_extras.nodes_custom_sampler import SamplerCustom
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from comfy_extras.nodes_easycache import LazyCacheNode
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from torch import Tensor
 
 from palimpsest.demo import scenes
@@ -28,6 +29,7 @@ from palimpsest.nodes.sampler import EditSampler
 from palimpsest.nodes.store import RecordAttention
 from palimpsest.nodes.virtual import VirtualInversion
 from reference import classic_p2p, in_float64, swapped
+from test_flow_edit import Denoise, Loop
 from test_inject import PNP, masactrl
 from test_local_blend import blend
 from test_source import Wrapped, some_mapper, swap
@@ -35,6 +37,7 @@ from tiny import Tiny, conditioning, execute, rows_of, tiny_model
 
 CAPTION, CHANGE = "a photo of a red car on a street", ("red", "blue")  # of the demo's world
 CFG, STEPS, SEED = 3.0, 5, 4
+TOLD = {4: [799, 599, 399, 199], 8: [799, 699, 599, 499, 399, 299, 199, 99]}  # of a table of 50
 FLOWEDIT, ONE_NOISE, INFEDIT, EDIT_FRIENDLY = PRESETS
 presets = pytest.mark.parametrize("name", PRESETS)
 
@@ -145,6 +148,35 @@ def test_equals_the_papers_update(name: str, prediction: ModelType) -> None:
         theirs = flowedit(x0, sigmas, [first, *fresh] if name == FLOWEDIT else [first] * STEPS, estimate)
     assert (theirs - x0).norm() > 0.05 * x0.norm()
     assert (ours - theirs).norm() < 1e-5 * (theirs - x0).norm()
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_infedit_on_the_hosts_lcm_sampling(tiny: Tiny, steps: int) -> None:
+    """At timesteps that a distilled model knows, by the denoised estimates that it gives there."""
+    (model,) = ModelSamplingDiscrete().patch(tiny.model, "lcm", False)
+    sigmas = schedule(model, "simple", steps, 0.8)
+    told = model.get_model_object("model_sampling").timestep(sigmas[:-1])
+    assert told.tolist() == TOLD[steps]
+    edited, trajectory = invert_virtually(model, tiny.source, tiny.image, sigmas, seed=SEED)
+    drawn = [torch.randn(tiny.image.shape, generator=torch.Generator().manual_seed(9 + i)) for i in range(steps)]
+    left = list(drawn)
+    options = {"noise_sampler": lambda *_: left.pop(0)}
+    ours = resample(edited, trajectory, guidance(tiny), sampler_of(INFEDIT, **options))
+
+    def body(denoise: Denoise, image: Tensor) -> Tensor:
+        source = target = trajectory.states[0].double()
+        for i, (sigma, below) in enumerate(zip(sigmas.tolist(), sigmas.tolist()[1:], strict=False)):
+            positive, negative = (denoise(prompt, target, sigma) for prompt in ("positive", "negative"))
+            clean = image + negative + CFG * (positive - negative) - denoise("source", source, sigma)
+            added = below * drawn[i].double()
+            source, target = image + added, clean + added
+        return clean
+
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": tiny.target, "negative": tiny.negative, "source": tiny.source})
+    theirs = guider.sample(torch.zeros_like(tiny.image), tiny.image, Loop(body), sigmas, disable_pbar=True, seed=0)
+    assert (theirs - tiny.image).norm() > 0.05 * tiny.image.norm()
+    assert (ours - theirs).norm() < 1e-5 * (theirs - tiny.image).norm()
 
 
 @pytest.mark.parametrize(

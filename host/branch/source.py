@@ -50,7 +50,7 @@ from ..run.refusals import (
 )
 from ..run.sampler import told_mismatch
 from ..run.schedule import step_of
-from ..run.shortcuts import uncached, uncompiled
+from ..run.shortcuts import uncached, uncompiled, unread
 from ..unet.patches import with_attend, with_enter, with_measure
 from ..unet.tree import residual_hooks
 from .call import CHUNKS, KEY, Call, place, slice_of
@@ -330,7 +330,7 @@ def _calc_cond_batch(executor, model, conds: list, x_in: Tensor, timestep: Tenso
     call = run and run.call(model, conds, x_in, timestep, options)
     if not call:
         return executor(model, conds, x_in, timestep, model_options)
-    options = {**uncompiled(options), CALL: call}
+    options = {**(uncompiled(options) if call.reads else unread(options, KEY)), CALL: call}
     if call.reads and isinstance(model.diffusion_model, UNetModel):
         options = with_enter(options, call.attention, call.leave)
     if call.word_maps is not None:

@@ -39,6 +39,14 @@ def uncompiled(options: dict) -> dict:
     return _without(options, WrappersMP.APPLY_MODEL, COMPILE_KEY)
 
 
+def unread(options: dict, key: str) -> dict:
+    """Transformer options of a call inside which nothing is read, and which may run compiled.
+
+    key: of the wrapper around the UNet by which edits read, of which the code for all calls is to hold nothing.
+    """
+    return _without(options, WrappersMP.DIFFUSION_MODEL, key)
+
+
 def _without(options: dict, kind: str, key: str) -> dict:
     wrappers = options.get("wrappers", {})
     kept = {name: value for name, value in wrappers.get(kind, {}).items() if name != key}
