@@ -1,0 +1,57 @@
+"""A flow transformer's joint attention as an edit sees it: self-attention of the image, and cross-attention to words.
+
+Both lie under one softmax. What a rule reads in the words' place is an attention to words alone, of which each position
+takes as much as it would have attended to words: the share of its own queries and keys. Pure torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..dit.attention import Attend, Joint, Parts
+from ..layer import Inputs
+
+Words = Callable[[Tensor], Sequence[Inputs]]
+"""Takes the values of the prompt's tokens [rows, tokens, ...]; returns what is attended to in their place, as terms."""
+
+
+def image_attention(
+    joint: Joint, attend: Attend, query: Tensor, keys: Parts, values: Parts, words: Words | None = None
+) -> Tensor:
+    """[rows, positions, heads * d]: the attention of the image's queries [rows, positions, ...].
+
+    A term by the same queries and keys is part of that attention; any other has a call of its own.
+    """
+    key = joint.joined(*keys)
+    terms = [Inputs(query, keys.words, values.words)] if words is None else words(values.words)
+    within = [term.value for term in terms if term.query is query and term.key is keys.words]
+    apart = [term for term in terms if term.query is not query or term.key is not keys.words]
+    shape = *keys.words.shape[:2], *values.words.shape[2:]  # keys may have another than values
+    own = values._replace(words=sum(within, values.words.new_zeros(shape)))
+    result = attend(joint.joined(query), key, joint.joined(*own))
+    if apart:
+        share = Parts(*map(torch.zeros_like, values))._replace(words=values.words.new_ones(shape))
+        share = attend(joint.joined(query), key, joint.joined(*share))
+        result = result + share * sum(attend(*map(joint.joined, term)) for term in apart)
+    return result
+
+
+def joint_maps(joint: Joint, values: Parts, columns: Tensor, attention: Callable[[Parts], Tensor]) -> Tensor:
+    """[b, positions, m] fp32: how much each position attends to chosen words, the mean over heads.
+
+    columns: [b, tokens, m], 1 at the tokens of each phrase. values: those of the prompt that they belong to.
+    attention: what `image_attention` makes of values; a map of chosen words is what it makes of values that are 1 at
+    these and 0 elsewhere.
+    """
+    nothing = Parts(*map(torch.zeros_like, values))
+    channels = values.image.flatten(2).shape[2] // joint.heads
+    maps = []
+    for some in columns.to(values.words).split(channels, 2):
+        words = pad(some, (0, channels - some.shape[2]))[:, :, None].expand(-1, -1, joint.heads, -1)
+        seen = attention(nothing._replace(words=words.flatten(2).unflatten(-1, values.words.shape[2:])))
+        maps.append(seen.unflatten(-1, (joint.heads, -1)).mean(2)[..., : some.shape[2]].float())
+    return torch.cat(maps, 2)
