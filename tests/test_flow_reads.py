@@ -331,8 +331,8 @@ def test_refusals() -> None:
         execute(RecordAttention, **inputs)
     with pytest.raises(ValueError, match="is no UNet, but Cross Attention Guidance reads"):
         execute(CrossAttentionGuidanceNode, **inputs)
-    with pytest.raises(ValueError, match="is no UNet, but Local Blend's words reads"):
-        attach_blend(parts.model, trajectory, blend())
+    with pytest.raises(ValueError, match="Local Blend's words cannot tell words"):
+        attach_blend(FLOWS["Wan"].make(), trajectory, blend())
 
 
 def test_unknown_classes_are_named() -> None:

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from flows import FLOWS, Flow
 from palimpsest.attention.p2p import Window
 from palimpsest.host.branch.call import CHUNKS, Call
-from palimpsest.host.branch.source import attach
+from palimpsest.host.branch.source import attach, attach_blend
 from palimpsest.host.dit.architectures import turned
 from palimpsest.host.dit.attention import Joint
 from palimpsest.host.files.trajectory import Trajectory
 from palimpsest.host.layer import Layer
 from palimpsest.host.run.cost import metered
+from palimpsest.host.run.refusals import check_one_frame
 from palimpsest.host.run.sampler import OwnSampler, Run
 from palimpsest.inversion.run import Guidance, ddim_sigmas, invert, resample
 from palimpsest.nodes.inject import MasaCtrlNode
@@ -53,13 +54,14 @@ def edited_rows(edit: Published, step: int, self_: bool, source: Rows, own: Rows
 
     The other tokens see the keys that the image's have, and are as they were but for that.
     """
-    cross = bool(((edit.first <= step) & (step < edit.end)).any())
+    active = (edit.first <= step) & (step < edit.end)
+    cross, carried = bool(active.any()), bool((edit.carry(source.words).source * edit.equalizer * active).any())
     of_source = source.query[:, :, source.image]
     query = of_source if self_ else own.query[:, :, own.image]
     key, words = own.key.clone(), own.key[:, :, : own.words]
     if self_:
         key[:, :, own.image] = source.key[:, :, source.image]
-    shared = source.key[:, :, : source.words] if self_ and cross else words
+    shared = source.key[:, :, : source.words] if self_ and carried else words
     whole = explicit(query, torch.cat([shared, key[:, :, own.words :]], 2))
     of_words, others = whole[..., : shared.shape[2]], whole[..., shared.shape[2] :]
     if cross:
@@ -323,3 +325,81 @@ def test_words_beside_masactrl() -> None:
     )
     with pytest.raises(ValueError, match="P2P Attention Controller and MasaCtrl on this MODEL both replace"):
         resample(both, trajectory, guidance)
+
+
+# --- maps of words ---------------------------------------------------------------------------------------------------
+
+
+class Shown:
+    """Keeps what it is shown of the maps of words, and blends nothing."""
+
+    def __init__(self, source: Tensor, target: Tensor) -> None:
+        self.columns = source, target
+        self.maps: list[tuple[Tensor, Tensor]] = []
+
+    def check(self, positive: Tensor, batch: int) -> None:
+        """Any target will do."""
+
+    def applies(self, fraction: float) -> bool:
+        return True
+
+    def mask(self, source: Tensor, target: Tensor, size: tuple[int, int]) -> Tensor:
+        self.maps.append((source, target))
+        return torch.ones(1, 1, *size)
+
+
+def phrases(tokens: int, seed: int, count: int = 20) -> Tensor:
+    """Columns of more phrases than a head has channels."""
+    return (torch.rand(1, tokens, count, generator=torch.Generator().manual_seed(seed)) < 0.5).float()
+
+
+@pytest.mark.parametrize("name", ["Flux", "SD3.5 medium", "Qwen-Image", "Lumina2", "Z-Image"])
+def test_maps_are_those_written_out(name: str) -> None:
+    """Means over heads and blocks, summed over the steps; the target's are the edited ones."""
+    flow = FLOWS[name]
+    parts, trajectory = setting(flow)
+    edit = published("reweight o refine", STEPS, 4, 6)
+    blend = Shown(phrases(4, 1), phrases(6, 2))
+    guidance = Guidance(parts.target, parts.negative, CFG)
+    model = edited(parts, trajectory, edit, Window(0, 0.4))
+    result = resample(attach_blend(model, trajectory, blend), trajectory, guidance)
+    assert close(result, resample(model, trajectory, guidance), 1e-6)
+    loop = Loop(flow, trajectory, edit, 2)
+    written_plainly(parts, loop)
+    for ours_, theirs, columns in zip(blend.maps[-1], zip(*loop.maps, strict=True), blend.columns, strict=True):
+        assert ours_.shape == (1, 20, 4, 4)
+        expected = (sum(theirs) @ columns).transpose(1, 2).unflatten(-1, (4, 4))
+        assert close(ours_, expected, 1e-4)
+
+
+def test_two_targets_on_one_row_of_the_source() -> None:
+    """Each image has its prompt, its tables and its phrases, and is edited and measured as it is alone."""
+    parts, trajectory = setting(FLOWS["Flux"])
+    targets = [parts.target[0], FLOWS["Flux"].prompt(8, 6)[0]]
+    edits = [published("reweight o refine", STEPS, 4, 6, seed=5), published("replace", STEPS, 4, 6, seed=6)]
+    columns = [(phrases(4, seed, 3), phrases(6, seed + 1, 3)) for seed in (1, 3)]
+
+    def run(which: list[int]) -> tuple[Tensor, Shown]:
+        embedding = torch.cat([targets[i][0] for i in which])
+        pooled = torch.cat([targets[i][1]["pooled_output"] for i in which])
+        blend = Shown(*(torch.cat([columns[i][side] for i in which]) for side in (0, 1)))
+        rule = ours([edits[i] for i in which], STEPS, embedding, 4, Window(0, 0.4), side=math.inf)
+        model, cost = metered(attach_blend(attach(parts.model, trajectory, rule), trajectory, blend))
+        guidance = Guidance([[embedding, {"pooled_output": pooled}]], parts.negative, CFG)
+        result = resample(model, trajectory, guidance)
+        assert sum(cost.rows) == (2 * len(which) + 1) * STEPS
+        return result, blend
+
+    both, shown = run([0, 1])
+    for i in (0, 1):
+        alone, own = run([i])
+        assert close(both[i : i + 1], alone, 1e-4)
+        for ours_, theirs in zip(shown.maps[-1], own.maps[-1], strict=True):
+            assert close(ours_[i : i + 1], theirs, 1e-4)
+
+
+def test_frames_have_no_words() -> None:
+    flow = FLOWS["Qwen-Image"]
+    with pytest.raises(ValueError, match="the latent has 3 frames: use a mask of your own"):
+        check_one_frame(torch.zeros(1, 16, 3, 8, 8))
+    check_one_frame(torch.zeros(flow.latent))

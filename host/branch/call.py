@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 
 import torch
@@ -28,7 +29,7 @@ from ..run.refusals import (
     check_unmasked,
 )
 from ..unet.patches import Attend, host_attention, layer_of
-from .joint import image_attention
+from .joint import image_attention, joint_maps
 from .maps import WordMaps, token_maps
 
 KEY = "palimpsest"
@@ -164,29 +165,39 @@ class Call:
                         changed[i] = tensors[i].clone()
                     joint.image(changed[i][slice_of(changed[i], chunks, at)]).copy_(new)
 
-        def worded(at: int) -> tuple[Parts, Parts, Callable[[Parts], Tensor]]:
-            """The keys and values of a chunk, and what its image's tokens get of such values."""
+        def worded(at: int) -> tuple[Parts, Callable[[Parts], Tensor]]:
+            """The values of a chunk, and what its image's tokens get of such values."""
             keys, values = parts(at)
             query, key, value = images[at]
             keys, values = keys._replace(image=key), values._replace(image=value)
-            read = None
-            if at in readers.get(crossing, ()):
-                own, source = keys.words, _expanded(supplied[crossing], len(query))._replace(query=sources[at].query)
-                if query is source.query:  # the map is the source's, and so is the share of words in it
-                    keys = keys._replace(words=source.key)
 
-                def read(words: Tensor) -> list[Inputs]:
-                    target = Inputs(query, own, words)
-                    return [term.inputs for term in rules[crossing].read(crossing, source, target)]
+            if at not in readers.get(crossing, ()):
+                return values, lambda values: attend(joint.joined(query), joint.joined(*keys), joint.joined(*values))
+            source = _expanded(supplied[crossing], len(query))._replace(query=sources[at].query)
 
-            return keys, values, lambda values: image_attention(joint, attend, query, keys, values, read)
+            def attention(values: Parts) -> Tensor:
+                reads = rules[crossing].read(crossing, source, Inputs(query, keys.words, values.words))
+                edited = partial(image_attention, joint, attend, query, values=values, terms=[r.inputs for r in reads])
+                if query is not source.query:
+                    return edited(keys=keys)
+                # The map is the source's, and so is the share of words in it, where any of them is carried over.
+                carried = reads[0].carry.flatten(1).any(1)
+                result = edited(keys=keys._replace(words=source.key))
+                return result if carried.all() else torch.where(carried[:, None, None], result, edited(keys=keys))
+
+            return values, attention
 
         result = attend(*changed)
         for at in longer:
             result[slice_of(result, chunks, at)] = attend(*map(joint.with_image, rows(at), images[at]))
         for at in readers.get(crossing, ()):
-            _, values, attention = worded(at)
+            values, attention = worded(at)
             result[slice_of(result, chunks, at), joint.where] = attention(values)
+        for side, index in (("source", self.source), ("target", self.target)):
+            if index in measured:
+                values, attention = worded(chunks.index(index))
+                columns = self.word_maps.columns[side == "target"][:, : values.words.shape[1]]
+                self.word_maps.add(side, joint_maps(joint, values, columns, attention))
         return result
 
     def attend(self, inner: Attend, query: Tensor, key: Tensor, value: Tensor, extra_options: dict) -> Tensor:

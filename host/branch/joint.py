@@ -15,19 +15,16 @@ from torch.nn.functional import pad
 from ..dit.attention import Attend, Joint, Parts
 from ..layer import Inputs
 
-Words = Callable[[Tensor], Sequence[Inputs]]
-"""Takes the values of the prompt's tokens [rows, tokens, ...]; returns what is attended to in their place, as terms."""
-
 
 def image_attention(
-    joint: Joint, attend: Attend, query: Tensor, keys: Parts, values: Parts, words: Words | None = None
+    joint: Joint, attend: Attend, query: Tensor, keys: Parts, values: Parts, terms: Sequence[Inputs]
 ) -> Tensor:
     """[rows, positions, heads * d]: the attention of the image's queries [rows, positions, ...].
 
-    A term by the same queries and keys is part of that attention; any other has a call of its own.
+    terms: what is attended to in the words' place, whose sum that is. A term by the same queries and keys is part of
+    the one attention; any other has a call of its own.
     """
     key = joint.joined(*keys)
-    terms = [Inputs(query, keys.words, values.words)] if words is None else words(values.words)
     within = [term.value for term in terms if term.query is query and term.key is keys.words]
     apart = [term for term in terms if term.query is not query or term.key is not keys.words]
     shape = *keys.words.shape[:2], *values.words.shape[2:]  # keys may have another than values
@@ -45,8 +42,11 @@ def joint_maps(joint: Joint, values: Parts, columns: Tensor, attention: Callable
 
     columns: [b, tokens, m], 1 at the tokens of each phrase. values: those of the prompt that they belong to.
     attention: what `image_attention` makes of values; a map of chosen words is what it makes of values that are 1 at
-    these and 0 elsewhere.
+    these and 0 elsewhere. One row of it serves all b.
     """
+    images, rows = len(columns), len(values.words)
+    if rows == 1:
+        columns = columns.movedim(0, 1).flatten(1)[None]  # [1, tokens, b * m]
     nothing = Parts(*map(torch.zeros_like, values))
     channels = values.image.flatten(2).shape[2] // joint.heads
     maps = []
@@ -54,4 +54,5 @@ def joint_maps(joint: Joint, values: Parts, columns: Tensor, attention: Callable
         words = pad(some, (0, channels - some.shape[2]))[:, :, None].expand(-1, -1, joint.heads, -1)
         seen = attention(nothing._replace(words=words.flatten(2).unflatten(-1, values.words.shape[2:])))
         maps.append(seen.unflatten(-1, (joint.heads, -1)).mean(2)[..., : some.shape[2]].float())
-    return torch.cat(maps, 2)
+    found = torch.cat(maps, 2)
+    return found.unflatten(2, (images, -1))[0].movedim(1, 0) if rows == 1 else found

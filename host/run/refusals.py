@@ -553,6 +553,15 @@ def check_prompt_in_place(tokens: int, kept: int, padded: int) -> None:
         )
 
 
+def check_one_frame(x: Tensor) -> None:
+    """Raises ValueError for latents of a video [b, c, t, h, w], where words have no place in every frame."""
+    if x.ndim == 5 and x.shape[2] > 1:
+        raise ValueError(
+            f"Local Blend finds words in single pictures, but the latent has {x.shape[2]} frames: use a mask of your "
+            "own without words."
+        )
+
+
 def check_same_length(source: int, target: int) -> None:
     """Raises ValueError where the tokens of two prompts, whose maps are to be compared, cannot be paired."""
     if source != target:
