@@ -15,6 +15,8 @@ from comfy.samplers import calc_cond_batch
 from torch import Tensor, nn
 
 from flows import FLOWS, Flow
+from palimpsest.attention.alignment import PromptEdit, join
+from palimpsest.attention.editing import prompt_to_prompt
 from palimpsest.attention.p2p import Window
 from palimpsest.host.branch.call import CHUNKS, Call
 from palimpsest.host.branch.source import attach, attach_blend
@@ -25,6 +27,8 @@ from palimpsest.host.layer import Layer
 from palimpsest.host.run.cost import metered
 from palimpsest.host.run.refusals import check_one_frame
 from palimpsest.host.run.sampler import OwnSampler, Run
+from palimpsest.host.words import Words, words_between
+from palimpsest.inversion.flow_edit import edit_trajectory
 from palimpsest.inversion.run import Guidance, ddim_sigmas, invert, resample
 from palimpsest.nodes.inject import MasaCtrlNode
 from reference import explicit
@@ -325,6 +329,69 @@ def test_words_beside_masactrl() -> None:
     )
     with pytest.raises(ValueError, match="P2P Attention Controller and MasaCtrl on this MODEL both replace"):
         resample(both, trajectory, guidance)
+
+
+@pytest.mark.parametrize(("name", "tokens", "inside"), [("Flux.2", 4, 512), ("Wan", 4, 0), ("HiDream", 8, 0)])
+def test_words_that_do_not_stand_where_the_prompt_has_them(name: str, tokens: int, inside: int) -> None:
+    """Padded before the prompt, in an attention of their own, or behind the image."""
+    parts, trajectory = setting(FLOWS[name])
+    model = edited(parts, trajectory, windowed(published("replace", STEPS, 4, 6), 0, STEPS))
+    with pytest.raises(ValueError, match=f"A prompt of {tokens} tokens has {inside} inside this MODEL"):
+        resample(model, trajectory, Guidance(parts.target, parts.negative, CFG))
+
+
+def test_targets_of_unequal_length_are_refused() -> None:
+    """To one length they are repeated, which would give words a larger share of a joint attention."""
+    parts, trajectory = setting(FLOWS["Flux"])
+
+    def words(tokens: int) -> Words:
+        return words_between(["\u0120cat"] * (tokens - 1) + ["</s>"], 0, 1)
+
+    def edit(*targets: int) -> PromptEdit:
+        embeddings = ((parts.source[0][0], FLOWS["Flux"].prompt(2, tokens)[0][0]) for tokens in targets)
+        return join([PromptEdit(words(4), (words(e.shape[1]),), ("swap",), (s, e)) for s, e in embeddings])
+
+    prompt_to_prompt(parts.model, trajectory, edit(6, 6))
+    with pytest.raises(ValueError, match="The targets of Batch Prompt Edits have 4, 6 tokens, but a flow model takes"):
+        prompt_to_prompt(parts.model, trajectory, edit(4, 6))
+
+
+def test_attentions_a_block() -> None:
+    """Of the target, over all keys: as ever in its image's window alone, one more for a swap of all, else two."""
+    parts, trajectory = setting(FLOWS["Flux"])
+    parts.model = parts.model.clone()
+    calls: list[tuple[int, int]] = []
+
+    def count(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args, **kwargs) -> Tensor:
+        calls.append((q.shape[2], k.shape[2]))
+        return func(q, k, v, heads, *args, **kwargs)
+
+    parts.model.model_options["transformer_options"]["optimized_attention_override"] = count
+    blocks, expected = 5, {("replace", ALWAYS): 1, ("refine", ALWAYS): 2, ("replace", NEVER): 2, ("refine", NEVER): 2}
+    for (kind, self_), more in expected.items():
+        calls.clear()
+        model = edited(parts, trajectory, windowed(published(kind, STEPS, 4, 6), 0, STEPS), self_)
+        resample(model, trajectory, Guidance(parts.target))
+        assert sum(q == k for q, k in calls) == 2 * blocks * STEPS
+        assert sum(q < k for q, k in calls) == more * blocks * STEPS
+    calls.clear()
+    model = edited(parts, trajectory, windowed(published("replace", STEPS, 4, 6), 0, 0), ALWAYS)
+    resample(model, trajectory, Guidance(parts.target))
+    assert len(calls) == 2 * blocks * STEPS
+
+
+def test_words_beside_flow_edit_on_one_row() -> None:
+    """A target that reads the source's words, its image and its prediction runs beside one row of it."""
+    parts, trajectory = setting(FLOWS["Flux"])
+    edit = windowed(published("refine", STEPS, 4, 6), 0, STEPS)
+    flow_edit = edit_trajectory(parts.model, trajectory)
+    rule = ours([edit], STEPS, parts.target[0][0], 4, Window(0, 0.4), side=math.inf)
+    guidance = Guidance(parts.target, parts.negative, CFG)
+    both, cost = metered(attach(flow_edit, trajectory, rule))
+    result = resample(both, trajectory, guidance)
+    assert sum(cost.rows) == 3 * STEPS
+    for other in (flow_edit, attach(parts.model, trajectory, rule)):
+        assert not close(result, resample(other, trajectory, guidance), 1e-3)
 
 
 # --- maps of words ---------------------------------------------------------------------------------------------------

@@ -546,7 +546,7 @@ def check_prompt_kept(tokens: int, kept: int) -> None:
 
 def check_prompt_in_place(tokens: int, kept: int, padded: int) -> None:
     """Raises ValueError where `tokens` before the image are not a prompt of `kept`, `padded` behind or cut short."""
-    if tokens > kept and tokens != padded:
+    if not tokens or (tokens > kept and tokens != padded):
         raise ValueError(
             f"A prompt of {kept} tokens has {tokens} inside this MODEL, among which its words cannot be found: encode "
             "it with the CLIP that belongs to the MODEL, and remove patches that change prompts."
