@@ -18,18 +18,14 @@ from ..dit.attention import Attend as JointAttend
 from ..dit.attention import Joint, Parts
 from ..layer import Block, Inputs, Layer, Read, Rule
 from ..run.refusals import (
-    UNION,
-    WORDS,
     check_divided,
     check_positions_kept,
-    check_prompt_in_place,
     check_prompt_kept,
     check_source_ran,
     check_stored,
-    check_unmasked,
 )
 from ..unet.patches import Attend, host_attention, layer_of
-from .joint import image_attention, joint_maps
+from .joint import JointRows, edited_attention, image_attention, joint_maps
 from .maps import WordMaps, token_maps
 
 KEY = "palimpsest"
@@ -118,79 +114,48 @@ class Call:
         self.ran.update(chunks)
         check_source_ran(self.source is None or self.source in self.ran)
         rules = {kind: rule for kind in (layer, crossing) if (rule := self.rule(kind)) is not None}
-        readers = {kind: self.readers(rule, chunks) for kind, rule in rules.items()}
+        readers = {kind: self.readers(rules[kind], chunks) if kind in rules else [] for kind in (layer, crossing)}
         measured = {self.source, self.target} & {*chunks} if self.word_maps is not None else set()
         if not any(readers.values()) and not measured and not (rules and self.source in chunks):
             return attend(*tensors)
-
-        def rows(at: int) -> list[Tensor]:
-            return [tensor[slice_of(tensor, chunks, at)] for tensor in tensors]
+        rows = JointRows(joint, attend, tensors, len(chunks))
 
         def parts(at: int) -> list[Parts]:
-            """The keys and the values of a chunk, its words apart."""
-            check_unmasked(joint.masked, WORDS)
             tokens = self.tokens[0 if chunks[at] == self.source else 1]
-            check_prompt_in_place(joint.where.start, tokens, padded(model, tokens))
-            return [joint.parts(tensor, min(tokens, joint.where.start)) for tensor in rows(at)[1:]]
+            return rows.parts(at, tokens, padded(model, tokens))
 
         supplied = self.kept
         if self.source in chunks:
             at = chunks.index(self.source)
-            supplied = {layer: Inputs(*map(joint.image, rows(at)))}
-            wanted = {layer: set(rules[layer].reads) if layer in rules else set()}
+            supplied = {layer: rows.image(at)}
+            wanted = {layer: {*rules[layer].reads} if layer in rules else set()}
             if crossing in rules:
-                key, value = (part.words for part in parts(at))
-                supplied[crossing] = Inputs(None, key, value)
-                wanted[layer].add("query")  # that of both
-                wanted[crossing] = set(rules[crossing].reads) - {"query"}
+                supplied[crossing] = Inputs(None, *(part.words for part in parts(at)))
+                wanted |= {layer: wanted[layer] | {"query"}, crossing: {*rules[crossing].reads} - {"query"}}
             self.before = joint.where.start
             if any(self.awaited(rule, chunks) for rule in rules.values()):
                 self.kept |= {kind: _copied(supplied[kind], fields) for kind, fields in wanted.items()}
         if architecture_of(model).turned and (by := joint.where.start - self.before):
             supplied = {kind: _turned(model, supplied[kind], by) for kind in (layer, crossing) if kind in supplied}
-        changed = list(tensors)
-        images = {at: Inputs(*map(joint.image, rows(at))) for at in range(len(chunks))}
+        images = [rows.image(at) for at in range(len(chunks))]
         sources = {at: _expanded(supplied[layer], len(images[at].query)) for at in {*chain(*readers.values())}}
-        longer: list[int] = []
-        for at in readers.get(layer, ()):
-            own = images[at]
-            ((images[at], _, _),) = rules[layer].read(layer, sources[at], own)
-            if images[at].key.shape[1] != own.key.shape[1]:
-                check_unmasked(joint.masked, UNION)
-                longer.append(at)
-                continue
-            for i, (new, old) in enumerate(zip(images[at], own, strict=True)):
-                if new is not old:
-                    if changed[i] is tensors[i]:
-                        changed[i] = tensors[i].clone()
-                    joint.image(changed[i][slice_of(changed[i], chunks, at)]).copy_(new)
+        changed: dict[int, Inputs] = {}
+        for at in readers[layer]:
+            ((changed[at], _, _),) = rules[layer].read(layer, sources[at], images[at])
+        result = rows.attended(images, changed)
 
         def worded(at: int) -> tuple[Parts, Callable[[Parts], Tensor]]:
             """The values of a chunk, and what its image's tokens get of such values."""
-            keys, values = parts(at)
-            query, key, value = images[at]
-            keys, values = keys._replace(image=key), values._replace(image=value)
-
-            if at not in readers.get(crossing, ()):
-                return values, lambda values: attend(joint.joined(query), joint.joined(*keys), joint.joined(*values))
+            (keys, values), (query, key, value) = parts(at), changed.get(at, images[at])
+            given, values = (joint, attend, query, keys._replace(image=key)), values._replace(image=value)
+            if at not in readers[crossing]:
+                return values, partial(image_attention, *given)
             source = _expanded(supplied[crossing], len(query))._replace(query=sources[at].query)
+            return values, partial(
+                edited_attention, *given, source=source, read=partial(rules[crossing].read, crossing)
+            )
 
-            def attention(values: Parts) -> Tensor:
-                reads = rules[crossing].read(crossing, source, Inputs(query, keys.words, values.words))
-                edited = partial(image_attention, joint, attend, query, values=values, terms=[r.inputs for r in reads])
-                if query is not source.query:
-                    return edited(keys=keys)
-                # The map is the source's, and so is the share of words in it, where any of them is carried over.
-                carried = reads[0].carry.flatten(1).any(1)
-                result = edited(keys=keys._replace(words=source.key))
-                return result if carried.all() else torch.where(carried[:, None, None], result, edited(keys=keys))
-
-            return values, attention
-
-        result = attend(*changed)
-        for at in longer:
-            result[slice_of(result, chunks, at)] = attend(*map(joint.with_image, rows(at), images[at]))
-        for at in readers.get(crossing, ()):
+        for at in readers[crossing]:
             values, attention = worded(at)
             result[slice_of(result, chunks, at), joint.where] = attention(values)
         for side, index in (("source", self.source), ("target", self.target)):
