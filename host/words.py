@@ -20,7 +20,6 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 _BYTES = dict(enumerate([*range(33), *range(127, 161), 173], 256))
 _SIGNS = {byte: sign for sign, byte in _BYTES.items()}
 
-
 UNKNOWN = "\ufffd"  # stands for what a tokenizer has no piece for
 # What CLIP's tokenizer takes for a word, digits in a row as one, and a textual inversion.
 _WORD = re.compile(
@@ -112,7 +111,7 @@ def words_between(pieces: Sequence[str], head: int, tail: int) -> Words:
     texts: list[str] = []
     kept: list[tuple[int, ...]] = []
     for (begin, end), own in zip(found, tokens, strict=True):
-        if own or not kept:
+        if own:  # or else the word is part of the last one's piece
             texts.append("")
             kept.append(tuple(own))
         texts[-1] += text[begin:end].lower()

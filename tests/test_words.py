@@ -136,6 +136,21 @@ def test_what_t5_has_no_piece_for() -> None:
     assert all(any(token in encoder for token in word) for word in found.tokens for encoder in found.encoders)
 
 
+def test_an_embedding_is_a_word(tmp_path) -> None:
+    """Known by its values; in SD3 each text encoder has vectors of its own."""
+    vectors = {"clip_l": torch.randn(2, 768), "clip_g": torch.randn(2, 1280), "t5xxl": torch.randn(3, 4096)}
+    torch.save(vectors, tmp_path / "thing.pt")
+    prompt = "a embedding:thing, on a mat"
+    found = prompt_words(clip(PixArtTokenizer(embedding_directory=str(tmp_path))), prompt, "source")
+    assert found.texts[0] == "a"
+    assert found.texts[1].startswith("<embedding:")
+    assert found.texts[2:] == (",", "on", "a", "mat")
+    assert found.tokens[1] == (2, 3, 4)
+    found = prompt_words(clip(SD3Tokenizer(embedding_directory=str(tmp_path))), prompt, "source")
+    assert found.texts[2:] == (",", "on", "a", "mat")
+    assert found.tokens[1] == (2, 3, 77 + 2, 77 + 3, 77 + 4)
+
+
 @each_clip
 def test_weights_divide_words_as_they_are(name: str) -> None:
     plain, weighted = read(name, "a red cat, sat"), read(name, "a (red:1.3) cat, sat")
