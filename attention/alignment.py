@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, pairwise
 from math import lcm
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from ..host.words import Special, Words, specials
+from ..host.words import Special, Words
 
 ALIGNMENTS = ("auto", "swap", "refine")
 SIMILAR = "similar"  # InfEdit's refinement, which knows the prompts' embeddings: of a PromptEdit alone
@@ -98,47 +98,67 @@ def carry_over(source: Words, target: Words, alignment: str, likeness: Tensor | 
             matrix[torch.tensor(rows, dtype=torch.long)[:, None], columns] = 1 / len(columns)
     for one, others in _paired_specials(source, target):
         for other in others:
-            matrix[one.start, other.start] = 1 / len(others)
-            _fold(matrix, one.tail, other.tail, 1 / len(others))
+            for rows, columns in zip(one, other, strict=True):
+                _fold(matrix, rows, columns, 1 / len(others))
     return Carry(matrix, (matrix.sum(0) == 0).float())
 
 
 def _swapped(source: Words, target: Words) -> Iterator[tuple[list[int], list[int]]]:
-    """Source tokens and the target tokens in their place: word by word, or by blocks where the words do not pair up."""
+    """Source tokens and the target tokens in their place, of each text encoder: word by word, or by blocks where the
+    words do not pair up.
+    """
     for i, j in _blocks(source, target):
-        ones, others = source.tokens[i], target.tokens[j]
-        if len(ones) == len(others):
-            yield from zip(map(list, ones), map(list, others), strict=True)
-        else:
-            yield [*chain.from_iterable(ones)], [*chain.from_iterable(others)]
+        for one, other in zip(source.encoders, target.encoders, strict=True):
+            ones = [_within(tokens, one) for tokens in source.tokens[i]]
+            others = [_within(tokens, other) for tokens in target.tokens[j]]
+            if len(ones) == len(others):
+                yield from zip(ones, others, strict=True)
+            else:
+                yield [*chain.from_iterable(ones)], [*chain.from_iterable(others)]
 
 
 def _refined(source: Words, target: Words, likeness: Tensor | None) -> Iterator[tuple[list[int], list[int]]]:
-    """The tokens that both have; and of what lies between two such pairs, the two that are most alike."""
-    ones, others = ([*chain.from_iterable(prompt.tokens)] for prompt in (source, target))
-    pairs = align([source.pieces[i] for i in ones], [target.pieces[j] for j in others])
-    yield [ones[i] for i, _ in pairs], [others[j] for _, j in pairs]
-    if likeness is None:
-        return
-    for (i, j), (next_i, next_j) in pairwise([(-1, -1), *pairs, (len(ones), len(others))]):
-        between, across = ones[i + 1 : next_i], others[j + 1 : next_j]
-        if between and across:
-            row, column = divmod(int(likeness[between][:, across].argmax()), len(across))
-            yield [between[row]], [across[column]]
+    """Of each text encoder: the tokens that both prompts have; and of what lies between two such pairs, the two that
+    are most alike.
+    """
+    for one, other in zip(source.encoders, target.encoders, strict=True):
+        ones = _within(chain.from_iterable(source.tokens), one)
+        others = _within(chain.from_iterable(target.tokens), other)
+        pairs = align([source.pieces[i] for i in ones], [target.pieces[j] for j in others])
+        yield [ones[i] for i, _ in pairs], [others[j] for _, j in pairs]
+        if likeness is None:
+            continue
+        for (i, j), (next_i, next_j) in pairwise([(-1, -1), *pairs, (len(ones), len(others))]):
+            between, across = ones[i + 1 : next_i], others[j + 1 : next_j]
+            if between and across:
+                row, column = divmod(int(likeness[between][:, across].argmax()), len(across))
+                yield [between[row]], [across[column]]
+
+
+def _within(tokens: Iterable[int], encoder: range) -> list[int]:
+    return [token for token in tokens if token in encoder]
 
 
 def _paired_specials(source: Words, target: Words) -> Iterator[tuple[Special, list[Special]]]:
-    """Each source chunk's specials and those that share their attention; the last serves all chunks that remain."""
-    ones, others = specials(source), specials(target)
-    for k, one in enumerate(ones):
-        if k >= len(others):
-            yield one, [Special(others[-1].start, others[-1].tail[-1:])]
-        else:
-            yield one, others[k:] if k == len(ones) - 1 else [others[k]]
+    """Each source chunk's specials and those that share their attention; the last of a text encoder serves all chunks
+    that remain.
+    """
+    for encoders in zip(source.encoders, target.encoders, strict=True):
+        ones, others = (
+            [special for special in words.specials if special.tail[0] in encoder]
+            for words, encoder in zip((source, target), encoders, strict=True)
+        )
+        for k, one in enumerate(ones):
+            if k >= len(others):
+                yield one, [Special(others[-1].head, others[-1].tail[-1:])]
+            else:
+                yield one, others[k:] if k == len(ones) - 1 else [others[k]]
 
 
 def _fold(matrix: Tensor, rows: range, columns: range, weight: float) -> None:
     """Position by position; surplus rows all go to the last column, spare columns share the last row."""
+    if not rows:  # an encoder without a start token, in both prompts
+        return
     common = min(len(rows), len(columns))
     matrix[rows[:common], columns[:common]] = weight
     matrix[rows[common:], columns[-1]] = weight

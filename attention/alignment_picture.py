@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..host.words import Words, readable, specials
+from ..host.words import Words, readable
 from .alignment import Carry
 
 CELL, SMALLEST_CELL, SIDE = 24, 2, 2000  # pixels; cells shrink where all of them together would be wider than SIDE
@@ -29,12 +29,13 @@ class Line(NamedTuple):
 
 
 def lines(words: Words) -> list[Line]:
-    """One for each token of a word, for each start token and for each tail."""
-    begins = {word[0] for word in words.tokens}
+    """One for each token of a word, for what stands before them and for each tail."""
+    apart = [[token for token in word if token in encoder] for word in words.tokens for encoder in words.encoders]
+    begins = {tokens[0] for tokens in apart if tokens}
     found = []
-    for start, tail in specials(words):
-        inner = range(start + 1, tail[0])
-        found += [Line([start], "start", SPECIAL)]
+    for head, tail in words.specials:
+        inner = range(head.stop, tail.start)
+        found += [Line([*head], "start", SPECIAL)] if head else []
         found += [Line([i], readable(words.pieces[i]), continues=i not in begins) for i in inner]
         found += [Line([*tail], "end", SPECIAL)]
     return found

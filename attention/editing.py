@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 
@@ -9,7 +11,8 @@ from ..host.branch.source import attach
 from ..host.files.conditioning import copied
 from ..host.files.store import AttentionStore
 from ..host.files.trajectory import Trajectory
-from ..host.run.refusals import check_unet
+from ..host.run.model import is_unet
+from ..host.run.refusals import check_worded
 from ..host.run.tokens import prompt_words
 from .alignment import PromptEdit, resolve, same_prompt
 from .p2p import PRESETS, PromptToPrompt, Settings
@@ -53,16 +56,23 @@ def prompt_to_prompt(
     reweight and word_schedule: lines of words and numbers, as the inputs of P2P Attention Controller. Raises ValueError
     where the trajectory is of another prompt or model, or names words that are not there.
     """
-    check_unet(model, PromptToPrompt.node)
+    check_worded(model, PromptToPrompt.node)
     if not same_prompt(trajectory.conditioning[0][0], edit.embeddings[0]):
         raise ValueError(
             "The trajectory was made with another source prompt than this Prompt Edit's: connect Prompt Edit's "
             "source output to the node that made the trajectory."
+        )
+    lengths = [words.length for words in edit.targets]
+    if not is_unet(model) and len({*lengths, edit.embeddings[1].shape[1]}) > 1:
+        raise ValueError(
+            f"The targets of Batch Prompt Edits have {', '.join(map(str, lengths))} tokens, but a flow model takes "
+            "prompts of one length in one run: edit them one by one."
         )
     carry = edit.carry(settings.alignment)
     gain = gains(reweight, edit)
     if not reweight.strip():
         gain = gain + (settings.new_words - 1) * carry.own
     cross = windows(word_schedule, edit, settings.cross.start, settings.cross.end)
-    rule = PromptToPrompt(carry, edit.embeddings[1], gain, cross, settings.self_, settings.self_max_side**2)
+    self_positions = settings.self_max_side**2 if is_unet(model) else math.inf  # all layers are of one size
+    rule = PromptToPrompt(carry, edit.embeddings[1], gain, cross, settings.self_, self_positions)
     return attach(model, trajectory, rule, store)

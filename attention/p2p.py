@@ -7,6 +7,9 @@ Section 3.2: while the schedule lasts, the target's cross-attention map becomes
 (word swap, refinement and re-weighting, each for chosen words: `PromptToPrompt.tables`), and its self-attention map
 becomes the source's in layers of low resolution. Attention is linear in its values and the projections have no bias, so
 each term is ordinary attention over the value inputs W @ context_target: only inputs are swapped.
+
+In the joint attention of a flow transformer the columns of the text are the cross-attention map and those of the image
+the self-attention map of each image token (MM-DiT Prompt-to-Prompt, arXiv 2508.07519, reads the latter alone).
 """
 
 from __future__ import annotations
@@ -64,7 +67,7 @@ class PromptToPrompt:
     target: [k, target tokens, channels], the embeddings of the prompts that the tables lead to.
     gain: [k, target tokens], the re-weighting factor c of each token.
     cross: [2, k, target tokens], start and end of each token's replacement.
-    self_positions: the greatest h * w of a layer whose self-attention map is replaced.
+    self_positions: the greatest h * w of a layer whose self-attention map is replaced, infinite for all.
     """
 
     carry: Carry
@@ -72,7 +75,7 @@ class PromptToPrompt:
     gain: Tensor
     cross: Tensor
     self_: Window
-    self_positions: int
+    self_positions: float
     node = "P2P Attention Controller"
 
     def check(self, positive: Tensor, batch: int) -> None:
@@ -112,7 +115,7 @@ class PromptToPrompt:
 @dataclass(frozen=True)
 class _Rule:
     tables: tuple[Tensor, Tensor] | None
-    self_positions: int
+    self_positions: float
     node = PromptToPrompt.node
     everyone = False
     reads = ("query", "key")
@@ -124,9 +127,24 @@ class _Rule:
     def read(self, layer: Layer, source: Inputs, target: Inputs) -> tuple[Read, ...]:
         if layer.kind == "self":
             return (Read(Inputs(source.query, source.key, target.value)),)
-        images = torch.arange(len(target.value))
-        carried, own = (table[images % len(table)].to(target.value) for table in self.tables)
-        from_source = Read(Inputs(source.query, source.key, carried @ target.value), carried)
+        images, value = torch.arange(len(target.value)), target.value.flatten(2)
+        carried, own = (table[images % len(table)].to(value) for table in self.tables)
+        carried, own = cut(carried, source.key.shape[1], value.shape[1]), own[:, : value.shape[1]]
+
+        def term(inputs: Inputs, carry: Tensor, carried_value: Tensor) -> Read:
+            return Read(inputs._replace(value=carried_value.unflatten(-1, target.value.shape[2:])), carry)
+
+        from_source = term(source, carried, carried @ value)
         if not self.tables[1].any():
             return (from_source,)
-        return from_source, Read(Inputs(target.query, target.key, own[..., None] * target.value), own.diag_embed())
+        return from_source, term(target, own.diag_embed(), own[..., None] * value)
+
+
+def cut(carried: Tensor, source: int, target: int) -> Tensor:
+    """A table [b, source tokens, target tokens] for a model that reads no more than the first so many of each prompt.
+
+    What goes to target tokens beyond, which are padding, goes to the last that is read.
+    """
+    kept = carried[:, :source, :target].clone()
+    kept[..., -1] += carried[:, :source, target:].sum(-1)
+    return kept

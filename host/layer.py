@@ -32,7 +32,11 @@ class Layer(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the rows of one chunk read in an attention layer, before its projections."""
+    """What the rows of one chunk read in an attention layer, before its projections.
+
+    A flow transformer's joint attention is two layers under one softmax: "self" of the image's tokens, and "cross" from
+    these to the prompt's. There they come after the projections, and channels may be [heads, d].
+    """
 
     query: Tensor  # [b, positions, channels]
     key: Tensor  # [b, tokens, channels]

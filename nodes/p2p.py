@@ -98,7 +98,8 @@ class P2PAttentionController(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "Structure is copied only in attention layers of at most this many positions a side. The "
-                        "papers use 16 or 32 at 512 pixels; use 64 for SDXL at 1024."
+                        "papers use 16 or 32 at 512 pixels; use 64 for SDXL at 1024. Flow models such as Flux copy it "
+                        "in all layers, which are of one size."
                     ),
                 ),
                 sockets.AttentionStore.Input(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from palimpsest.attention import alignment_picture
 from palimpsest.attention.alignment import SIMILAR, Carry, PromptEdit, align, carry_over, join, resolve
 from palimpsest.host.run.tokens import prompt_words
-from palimpsest.host.words import Words, find_words, specials, words
+from palimpsest.host.words import Words, find_words, words
 from palimpsest.nodes.prompt import BatchPromptEdits
 from tiny import pieces
 
@@ -62,8 +62,8 @@ def test_words_of_a_prompt(clip: Clip) -> None:
     assert read.tokens == ((1,), (2, 3), (4,), (5,), (6,), (7,))
     assert read.pieces[:5] == ("<|startoftext|>", "a</w>", "chec", "kered</w>", ",</w>")
     assert read.pieces[8:] == ("<|endoftext|>",) * 69
-    assert (read.length, read.chunk) == (77, 77)
-    assert specials(read) == [(0, range(8, 77))]
+    assert (read.length, read.encoders) == (77, (range(77),))
+    assert read.specials == ((range(1), range(8, 77)),)
 
 
 def test_words_are_readable_in_any_script() -> None:
@@ -90,14 +90,14 @@ def test_words_of_several_chunks(clip: Clip) -> None:
     assert read.length == 154
     assert read.texts[-2:] == ("checkered", "mat")
     assert read.tokens[-2:] == ((75, 78), (79,))
-    assert specials(read) == [(0, range(76, 77)), (77, range(80, 154))]
+    assert read.specials == ((range(1), range(76, 77)), (range(77, 78), range(80, 154)))
     assert clip.read("cat " * 151).length == 231
 
 
 def test_a_short_weighted_part_is_not_broken_over_chunks() -> None:
     read = SD1.read("cat " * 74 + "(checkered mat:1.2)")
     assert read.tokens[-2:] == ((78, 79), (80,))
-    assert specials(read)[0] == (0, range(75, 77))
+    assert read.specials[0] == (range(1), range(75, 77))
 
 
 @pytest.fixture
@@ -515,13 +515,6 @@ def test_the_picture_of_long_prompts_is_not_larger() -> None:
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
-
-
-def test_other_text_encoders_are_refused() -> None:
-    clip = Clip(SD1.tokenizer)
-    clip.tokenize = lambda *_, **__: {"l": [], "t5xxl": []}
-    with pytest.raises(ValueError, match="Prompt Edit needs a CLIP text encoder: connect the CLIP of an SD1.x"):
-        clip.read("a cat")
 
 
 def test_encoders_that_divide_a_prompt_differently_are_refused(embedding_folder: str) -> None:

@@ -317,8 +317,12 @@ def test_refusals() -> None:
     parts, trajectory = setting(flow)
     inputs = {"model": parts.model, "trajectory": trajectory}
     mask = torch.ones(1, 8, 8)
-    with pytest.raises(ValueError, match=r"This MODEL \(Flux\) is no UNet, but P2P Attention Controller reads layers"):
-        execute(P2PAttentionController, **inputs, prompt_edit=None)
+    for name, kind in (("Wan", "WanModel"), ("HiDream", "HiDreamImageTransformer2DModel")):
+        model = FLOWS[name].make()
+        with pytest.raises(
+            ValueError, match=rf"P2P Attention Controller cannot tell words in .* MODEL \({kind}\): use"
+        ):
+            execute(P2PAttentionController, model=model, trajectory=trajectory, prompt_edit=None)
     with pytest.raises(ValueError, match="is no UNet, but MasaCtrl with masks reads"):
         execute(MasaCtrlNode, **inputs, source_mask=mask, target_mask=mask)
     with pytest.raises(ValueError, match="is no UNet, but feature_blocks of PnP Feature Injector reads"):
@@ -327,8 +331,8 @@ def test_refusals() -> None:
         execute(RecordAttention, **inputs)
     with pytest.raises(ValueError, match="is no UNet, but Cross Attention Guidance reads"):
         execute(CrossAttentionGuidanceNode, **inputs)
-    with pytest.raises(ValueError, match="is no UNet, but Local Blend's words reads"):
-        attach_blend(parts.model, trajectory, blend())
+    with pytest.raises(ValueError, match="Local Blend's words cannot tell words"):
+        attach_blend(FLOWS["Wan"].make(), trajectory, blend())
 
 
 def test_unknown_classes_are_named() -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 
 import torch
 from comfy.model_base import BaseModel
 from comfy.samplers import calc_cond_batch
 from torch import Tensor, nn
 
-from ..dit.architectures import architecture_of, turned
-from ..dit.attention import Joint
+from ..dit.architectures import architecture_of, padded, turned
+from ..dit.attention import Attend as JointAttend
+from ..dit.attention import Joint, Parts
 from ..layer import Block, Inputs, Layer, Read, Rule
 from ..run.refusals import (
     check_divided,
@@ -20,9 +23,9 @@ from ..run.refusals import (
     check_prompt_kept,
     check_source_ran,
     check_stored,
-    check_unmasked,
 )
 from ..unet.patches import Attend, host_attention, layer_of
+from .joint import JointRows, edited_attention, image_attention, joint_maps
 from .maps import WordMaps, token_maps
 
 KEY = "palimpsest"
@@ -99,57 +102,67 @@ class Call:
         self,
         model: nn.Module,
         joint: Joint,
-        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        attend: JointAttend,
         tensors: tuple[Tensor, Tensor, Tensor],
         extra_options: dict,
     ) -> Tensor:
         """The attention of the image's tokens in a flow transformer, the target's replaced by what the edits let them
-        read. The text's tokens read and are read as ever.
+        read. The text's tokens meet the image's new keys and values, and read as ever but for that.
         """
         chunks, layer = extra_options[CHUNKS], joint.layer
+        crossing = layer._replace(kind="cross")
         self.ran.update(chunks)
         check_source_ran(self.source is None or self.source in self.ran)
-        rule = self.rule(layer)
-        readers = [] if rule is None else self.readers(rule, chunks)
-        if rule is None or (self.source not in chunks and not readers):
+        rules = {kind: rule for kind in (layer, crossing) if (rule := self.rule(kind)) is not None}
+        readers = {kind: self.readers(rules[kind], chunks) if kind in rules else [] for kind in (layer, crossing)}
+        measured = {self.source, self.target} & {*chunks} if self.word_maps is not None else set()
+        if not any(readers.values()) and not measured and not (rules and self.source in chunks):
             return attend(*tensors)
+        rows = JointRows(joint, attend, tensors, len(chunks))
 
-        def image(at: int) -> Inputs:
-            return Inputs(*(joint.image(tensor[slice_of(tensor, chunks, at)]) for tensor in tensors))
+        def parts(at: int) -> list[Parts]:
+            tokens = self.tokens[0 if chunks[at] == self.source else 1]
+            return rows.parts(at, tokens, padded(model, tokens))
 
+        supplied = self.kept
         if self.source in chunks:
-            supplied = image(chunks.index(self.source))
+            at = chunks.index(self.source)
+            supplied = {layer: rows.image(at)}
+            wanted = {layer: {*rules[layer].reads} if layer in rules else set()}
+            if crossing in rules:
+                supplied[crossing] = Inputs(None, *(part.words for part in parts(at)))
+                wanted |= {layer: wanted[layer] | {"query"}, crossing: {*rules[crossing].reads} - {"query"}}
             self.before = joint.where.start
-            if self.awaited(rule, chunks):
-                # Copies of what is read: a view would keep the whole layer's tensors until the target's call.
-                fields = {name: t.clone() if name in rule.reads else None for name, t in supplied._asdict().items()}
-                self.kept[layer] = Inputs(**fields)
-        else:
-            supplied = self.kept[layer]
+            if any(self.awaited(rule, chunks) for rule in rules.values()):
+                self.kept |= {kind: _copied(supplied[kind], fields) for kind, fields in wanted.items()}
         if architecture_of(model).turned and (by := joint.where.start - self.before):
-            moved = {
-                name: turned(model, getattr(supplied, name), by) for name in ("query", "key") if name in rule.reads
-            }
-            supplied = supplied._replace(**moved)
-        changed = list(tensors)
-        longer: dict[int, Inputs] = {}
-        for at in readers:
-            own = image(at)
-            source = Inputs(*(t if t is None else t.expand(len(own.query), *t.shape[1:]) for t in supplied))
-            ((read, _, _),) = rule.read(layer, source, own)
-            if read.key.shape[1] != own.key.shape[1]:
-                check_unmasked(joint.masked)
-                longer[at] = read
-                continue
-            for i, (new, old) in enumerate(zip(read, own, strict=True)):
-                if new is not old:
-                    if changed[i] is tensors[i]:
-                        changed[i] = tensors[i].clone()
-                    joint.image(changed[i][slice_of(changed[i], chunks, at)]).copy_(new)
-        result = attend(*changed)
-        for at, read in longer.items():
-            rows = [tensor[slice_of(tensor, chunks, at)] for tensor in tensors]
-            result[slice_of(result, chunks, at)] = attend(*map(joint.with_image, rows, read))
+            supplied = {kind: _turned(model, supplied[kind], by) for kind in (layer, crossing) if kind in supplied}
+        images = [rows.image(at) for at in range(len(chunks))]
+        sources = {at: _expanded(supplied[layer], len(images[at].query)) for at in {*chain(*readers.values())}}
+        changed: dict[int, Inputs] = {}
+        for at in readers[layer]:
+            ((changed[at], _, _),) = rules[layer].read(layer, sources[at], images[at])
+        result = rows.attended(images, changed)
+
+        def worded(at: int) -> tuple[Parts, Callable[[Parts], Tensor]]:
+            """The values of a chunk, and what its image's tokens get of such values."""
+            (keys, values), (query, key, value) = parts(at), changed.get(at, images[at])
+            given, values = (joint, attend, query, keys._replace(image=key)), values._replace(image=value)
+            if at not in readers[crossing]:
+                return values, partial(image_attention, *given)
+            source = _expanded(supplied[crossing], len(query))._replace(query=sources[at].query)
+            return values, partial(
+                edited_attention, *given, source=source, read=partial(rules[crossing].read, crossing)
+            )
+
+        for at in readers[crossing]:
+            values, attention = worded(at)
+            result[slice_of(result, chunks, at), joint.where] = attention(values)
+        for side, index in (("source", self.source), ("target", self.target)):
+            if index in measured:
+                values, attention = worded(chunks.index(index))
+                columns = self.word_maps.columns[side == "target"][:, : values.words.shape[1]]
+                self.word_maps.add(side, joint_maps(joint, values, columns, attention))
         return result
 
     def attend(self, inner: Attend, query: Tensor, key: Tensor, value: Tensor, extra_options: dict) -> Tensor:
@@ -280,6 +293,21 @@ class Call:
         tokens = self.tokens[0 if chunks[at] == self.source else 1]
         check_prompt_kept(inputs.key.shape[1], tokens)
         return Inputs(inputs.query, inputs.key[:, :tokens], inputs.value[:, :tokens])
+
+
+def _expanded(inputs: Inputs, rows: int) -> Inputs:
+    return Inputs(*(t if t is None else t.expand(rows, *t.shape[1:]) for t in inputs))
+
+
+def _copied(inputs: Inputs, fields: Iterable[str]) -> Inputs:
+    """Copies of some fields alone: a view would keep the whole layer's tensors until the target's call."""
+    return Inputs(*(t.clone() if name in fields else None for name, t in inputs._asdict().items()))
+
+
+def _turned(model: nn.Module, inputs: Inputs, by: int) -> Inputs:
+    """Queries and keys of a prompt as they would be behind one of `by` more tokens."""
+    query, key = (t if t is None else turned(model, t, by) for t in inputs[:2])
+    return Inputs(query, key, inputs.value)
 
 
 def slice_of(tensor: Tensor, chunks: list[int], at: int) -> slice:

@@ -27,7 +27,7 @@ from comfy.sampler_helpers import convert_cond
 from comfy.samplers import CFGGuider, Sampler, can_concat_cond, get_area_and_mult
 from torch import Tensor, nn
 
-from ..dit.architectures import architecture_of
+from ..dit.architectures import architecture_of, grid
 from ..dit.attention import joint_attention
 from ..files.store import AttentionStore
 from ..files.trajectory import Trajectory
@@ -36,6 +36,7 @@ from ..run.model import is_flow, is_unet, noise_latent, start_of
 from ..run.refusals import (
     check_all_images,
     check_in_place,
+    check_one_frame,
     check_one_model,
     check_one_state,
     check_part,
@@ -46,7 +47,7 @@ from ..run.refusals import (
     check_source_negative,
     check_start,
     check_states_known,
-    check_unet,
+    check_worded,
 )
 from ..run.sampler import told_mismatch
 from ..run.schedule import step_of
@@ -103,7 +104,7 @@ def attach(
 def attach_blend(model: ModelPatcher, trajectory: Trajectory, blend: Blend) -> ModelPatcher:
     """A clone of `model` whose samples are the source outside the blend's mask. Raises ValueError as `attach`."""
     if blend.columns is not None:
-        check_unet(model, "Local Blend's words")
+        check_worded(model, "Local Blend's words")
     model, branch = branched(model, trajectory)
     check_states_known(branch.virtual, "Local Blend")
     if branch.blend is not None:
@@ -244,9 +245,12 @@ class _Run:
         blend = self.branch.blend
         if blend is None or blend.columns is None or index in self.maps:
             return None
+        check_one_frame(x)
         images = torch.arange(len(x))
         columns = tuple(columns[images % len(columns)].to(x.device) for columns in blend.columns)
-        return WordMaps(columns, map_size(tuple(x.shape[2:])))
+        network = self.guider.model_patcher.model.diffusion_model
+        size = map_size(tuple(x.shape[2:])) if architecture_of(network) is None else grid(network, x)
+        return WordMaps(columns, size)
 
     def stored(self, index: int, rules: list[Rule], word_maps: WordMaps | None) -> dict[Layer, Inputs] | None:
         """What the store holds for this step, None where it lacks anything and the source itself has to join."""
@@ -333,7 +337,7 @@ def _calc_cond_batch(executor, model, conds: list, x_in: Tensor, timestep: Tenso
     options = {**(uncompiled(options) if call.reads else unread(options, KEY)), CALL: call}
     if call.reads and isinstance(model.diffusion_model, UNetModel):
         options = with_enter(options, call.attention, call.leave)
-    if call.word_maps is not None:
+    if call.word_maps is not None and isinstance(model.diffusion_model, UNetModel):
         options = with_measure(options, call.measure, model.diffusion_model)
     model_options = {**model_options, "transformer_options": options}
     joined = conds
@@ -393,8 +397,8 @@ def _apply_model(executor, x: Tensor, t: Tensor, c_concat, c_crossattn, control,
 
 
 def _reading(model: nn.Module, call: Call, x: Tensor, options: dict) -> AbstractContextManager[dict]:
-    """The options of a call of a flow transformer from whose attention rules read; other options as they are."""
-    if not call.rules or architecture_of(model) is None:
+    """The options of a call of a flow transformer of whose attention anything is read; other options as they are."""
+    if not call.reads or architecture_of(model) is None:
         return nullcontext(options)
     return joint_attention(model, x, options, partial(call.joint, model))
 

@@ -62,11 +62,17 @@ def grid(model: nn.Module, latent: Tensor) -> tuple[int, int]:
     return time * height, width
 
 
-def turned(model: nn.Module, image: Tensor, by: int) -> Tensor:
-    """Queries or keys of image tokens [b, n, heads, d] as they would be behind a prompt of `by` more tokens."""
+def padded(model: nn.Module, tokens: int) -> int:
+    """How many tokens so many of a prompt or an image are in its attention."""
+    multiple = getattr(model, "pad_tokens_multiple", None) or 1
+    return math.ceil(tokens / multiple) * multiple
+
+
+def turned(model: nn.Module, tokens: Tensor, by: int) -> Tensor:
+    """Queries or keys [b, n, heads, d] as they would be behind a prompt of `by` more tokens."""
     embedder = model.rope_embedder
     channels = embedder.axes_dim[0]
-    angles = rope(torch.tensor([[by]], device=image.device), channels, embedder.theta)[0, 0]  # [channels / 2, 2, 2]
-    pairs = image[..., :channels].unflatten(-1, (-1, 2)).float()
-    first = (angles @ pairs[..., None])[..., 0].flatten(-2).to(image)
-    return torch.cat([first, image[..., channels:]], -1)
+    angles = rope(torch.tensor([[by]], device=tokens.device), channels, embedder.theta)[0, 0]  # [channels / 2, 2, 2]
+    pairs = tokens[..., :channels].unflatten(-1, (-1, 2)).float()
+    first = (angles @ pairs[..., None])[..., 0].flatten(-2).to(tokens)
+    return torch.cat([first, tokens[..., channels:]], -1)

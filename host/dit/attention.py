@@ -6,7 +6,6 @@ an override of the host's attention reaches it, and hooks on the blocks tell whi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,21 +15,32 @@ import torch
 from torch import Tensor, nn
 
 from ..layer import Block, Layer
-from .architectures import ARCHITECTURES, dit_blocks, grid
+from .architectures import ARCHITECTURES, dit_blocks, grid, padded
 
 OVERRIDE = "optimized_attention_override"
+
+
+class Parts(NamedTuple):
+    """The tokens of a joint attention: a prompt's, its padding, the image's, and what follows them."""
+
+    words: Tensor
+    padding: Tensor
+    image: Tensor
+    others: Tensor
 
 
 class Joint(NamedTuple):
     """One attention of image and text tokens.
 
     layer: its place, with the size of its image. where: the image's tokens among all.
-    split: whether tensors are [rows, heads, tokens, d], else [rows, tokens, heads * d] or [rows, tokens, heads, d].
+    heads: how many it has. split: whether tensors are [rows, heads, tokens, d], else [rows, tokens, heads * d] or
+    [rows, tokens, heads, d].
     masked: whether some tokens are left out, by a mask that fits their number.
     """
 
     layer: Layer
     where: slice
+    heads: int
     split: bool
     masked: bool
 
@@ -38,11 +48,19 @@ class Joint(NamedTuple):
         """The image's tokens of queries, keys or values: a view [rows, image tokens, ...]."""
         return (tensor.transpose(1, 2) if self.split else tensor)[:, self.where]
 
+    def parts(self, tensor: Tensor, words: int) -> Parts:
+        """Views [rows, tokens, ...] of queries, keys or values, of which the first `words` are the prompt's."""
+        tokens, start, stop = tensor.transpose(1, 2) if self.split else tensor, self.where.start, self.where.stop
+        return Parts(tokens[:, :words], tokens[:, words:start], tokens[:, start:stop], tokens[:, stop:])
+
+    def joined(self, *parts: Tensor) -> Tensor:
+        """[rows, tokens, ...] one after the other, as queries, keys or values of an attention."""
+        tokens = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        return tokens.transpose(1, 2) if self.split else tokens
+
     def with_image(self, tensor: Tensor, image: Tensor) -> Tensor:
         """`tensor` with image tokens more or fewer than its own."""
-        tokens = tensor.transpose(1, 2) if self.split else tensor
-        joined = torch.cat([tokens[:, : self.where.start], image, tokens[:, self.where.stop :]], 1)
-        return joined.transpose(1, 2) if self.split else joined
+        return self.joined(*self.parts(tensor, 0)._replace(image=image))
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -60,8 +78,7 @@ def joint_attention(model: nn.Module, latent: Tensor, options: dict, enter: Ente
     """
     architecture, inner = ARCHITECTURES[type(model)], options.get(OVERRIDE)
     height, width = grid(model, latent)
-    multiple = getattr(model, "pad_tokens_multiple", None) or 1
-    padded = math.ceil(height * width / multiple) * multiple
+    tokens = padded(model, height * width)
     block: Block | None = None  # whose attention has still to come
 
     def override(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args, **kwargs) -> Tensor:
@@ -76,9 +93,9 @@ def joint_attention(model: nn.Module, latent: Tensor, options: dict, enter: Ente
         layer, split = Layer("self", *block, 0, height, width), kwargs.get("skip_reshape", False)
         block = None
         references = sum(kwargs["transformer_options"].get("reference_image_num_tokens", ()))
-        start = 0 if architecture.image_first else q.shape[2 if split else 1] - references - padded
+        start = 0 if architecture.image_first else q.shape[2 if split else 1] - references - tokens
         masked = any(isinstance(value, Tensor) for value in (*args, kwargs.get("mask")))
-        joint = Joint(layer, slice(start, start + layer.positions), split, masked)
+        joint = Joint(layer, slice(start, start + layer.positions), heads, split, masked)
         return enter(joint, attend, (q, k, v), kwargs["transformer_options"])
 
     def begin(place: Block) -> Callable:

@@ -34,6 +34,11 @@ OTHER_START = (
     "The sampler does not start from the trajectory's own noise: use Edit Sampler, or connect the noise latent that "
     f"came with this trajectory to latent_image, {NOISE_OFF}."
 )
+UNION = "MasaCtrl's union adds keys to an attention that this MODEL masks: switch union off."
+WORDS = (
+    "This MODEL masks its attention, whose words the edit reads apart from its image: remove the node that masks it, "
+    "such as Apply Style Model."
+)
 RANGES = ("start_percent", "end_percent")
 NEGATIVES = "palimpsest.negatives"  # key of Negative Prompt Guidance's wrappers
 # Where nodes stand between a sampler and what the UNet predicts: functions among the model's options, and wrappers.
@@ -66,10 +71,24 @@ def check_readable(model: ModelPatcher, node: str) -> None:
         )
 
 
-def check_unmasked(masked: bool) -> None:
-    """Raises ValueError where an attention of more keys than the model's own meets a mask made for these."""
+def check_worded(model: ModelPatcher, node: str) -> None:
+    """Raises ValueError where `node` reads words that do not stand before the image in one attention."""
+    check_readable(model, node)
+    network = model.model.diffusion_model
+    if not is_unet(model) and architecture_of(network).image_first:
+        raise ValueError(
+            f"{node} cannot tell words in the attention of this MODEL ({type(network).__name__}): use Flow Edit, "
+            "MasaCtrl or PnP Feature Injector."
+        )
+
+
+def check_unmasked(masked: bool, refused: str) -> None:
+    """Raises ValueError where an attention of other keys than the model's own meets a mask made for these.
+
+    refused: `UNION` or `WORDS`, what would take such keys.
+    """
     if masked:
-        raise ValueError("MasaCtrl's union adds keys to an attention that this MODEL masks: switch union off.")
+        raise ValueError(refused)
 
 
 def check_same_model(model: ModelPatcher, trajectory: Trajectory) -> None:
@@ -522,6 +541,24 @@ def check_prompt_kept(tokens: int, kept: int) -> None:
         raise ValueError(
             f"Another patch changed the prompt from {kept} to {tokens} tokens inside the model: "
             "remove it, or move it to a MODEL without Palimpsest's edits."
+        )
+
+
+def check_prompt_in_place(tokens: int, kept: int, padded: int) -> None:
+    """Raises ValueError where `tokens` before the image are not a prompt of `kept`, `padded` behind or cut short."""
+    if not tokens or (tokens > kept and tokens != padded):
+        raise ValueError(
+            f"A prompt of {kept} tokens has {tokens} inside this MODEL, among which its words cannot be found: encode "
+            "it with the CLIP that belongs to the MODEL, and remove patches that change prompts."
+        )
+
+
+def check_one_frame(x: Tensor) -> None:
+    """Raises ValueError for latents of a video [b, c, t, h, w], where words have no place in every frame."""
+    if x.ndim == 5 and x.shape[2] > 1:
+        raise ValueError(
+            f"Local Blend finds words in single pictures, but the latent has {x.shape[2]} frames: use a mask of your "
+            "own without words."
         )
 
 
