@@ -41,9 +41,11 @@ from ..demo.flow import FLOW_WEIGHTS, load_flow
 from ..demo.outcomes import Outcomes
 from ..guidance.cross_attention import CrossAttentionGuidance
 from ..guidance.proximal import INVERSION, Proximal
+from ..guidance.rf_inversion import ImagePull
 from ..host.branch.blocks import last_layers, layout_blocks
 from ..host.branch.guide import attach_guide
 from ..host.branch.guided import attach_rule
+from ..host.branch.pulled import attach_pull
 from ..host.branch.source import attach, attach_blend
 from ..host.files.trajectory import DPMPP_2M, Trajectory
 from ..host.run.cost import Cost, metered
@@ -289,6 +291,11 @@ def pix2pix_zero(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
     return attach_guide(batch.model, inverted.trajectory, guide, checkpointing=False), batch.moved
 
 
+def image_pull(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
+    pull = ImagePull(0.9, 0.0, 0.25, False)
+    return attach_pull(batch.model, inverted.trajectory.states[-1], pull), batch.target
+
+
 DDIM, NULL_TEXT = "DDIM", "null text"
 INVERSIONS: dict[str, Callable[[Batch], Inverted]] = {
     DDIM: ddim,
@@ -311,6 +318,7 @@ EDITORS: dict[str, Callable[[Batch, Inverted], tuple[ModelPatcher, list]]] = {
     "PnP": pnp,
     "MasaCtrl": masactrl,
     "pix2pix-zero": pix2pix_zero,
+    "Image Pull": image_pull,
 }
 GRID = [(inversion, editor) for inversion in INVERSIONS for editor in EDITORS]
 ABLATIONS: dict[str, Callable[[Batch], Inverted]] = {

@@ -18,6 +18,7 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "edit-generated-image",
     "edit-real-image",
     "flow-edit",
+    "image-pull",
     "local-blend",
     "masactrl-edit",
     "negative-prompt-inversion",

@@ -605,6 +605,20 @@ def check_all_images(x: Tensor, images: int) -> None:
         raise ValueError(f"The model is called on {len(x)} of {images} images: remove context windows from this MODEL.")
 
 
+def check_pulled(noise: Tensor, image: Tensor, virtual: bool) -> None:
+    """Raises ValueError for a run that Image Pull cannot draw to `image`. virtual: whether it edits from an image."""
+    if virtual:
+        raise ValueError(
+            "Image Pull draws sampling to an image, which a MODEL of Flow Edit or Virtual Inversion does not leave but "
+            "by its edit: remove Image Pull, and lower cfg or denoise, or raise Flow Edit's pull."
+        )
+    if image.shape[1:] != noise.shape[1:] or len(image) not in (1, len(noise)):
+        raise ValueError(
+            f"Image Pull's image has latents of shape {list(image.shape)} but the sampler's are {list(noise.shape)}: "
+            "connect an image of the size that is sampled, and one or as many as the batch holds."
+        )
+
+
 def check_one_model(model: BaseModel, guider: CFGGuider, node: str) -> None:
     """Raises ValueError where a guider runs a prompt that reads from the source on a model of its own."""
     if model is not guider.inner_model:
