@@ -50,8 +50,8 @@ from ..host.branch.source import attach, attach_blend
 from ..host.files.trajectory import DPMPP_2M, Trajectory
 from ..host.run.cost import Cost, metered
 from ..host.run.model import is_unet, noise_latent
+from ..inversion.diffedit import RunRegion, difference_mask
 from ..inversion.diffedit import Settings as Differences
-from ..inversion.diffedit import difference_mask
 from ..inversion.flow_edit import edit_image
 from ..inversion.null_text import Settings as NullText
 from ..inversion.null_text import null_text
@@ -368,6 +368,12 @@ def flow_edit(strength: float, batch: Batch) -> Tensor:
     return img2img(batch, strength, edit_image(batch.model, batch.source, batch.latent))
 
 
+def flow_edit_confined(strength: float, batch: Batch) -> Tensor:
+    """To where its own predictions differ, with Difference Mask's threshold."""
+    region = RunRegion(0.3, 0.1)
+    return img2img(batch, strength, edit_image(batch.model, batch.source, batch.latent, region=region))
+
+
 def flow_edit_masked(strength: float, batch: Batch) -> Tensor:
     """Within DiffEdit's mask, as Set Latent Noise Mask puts it there."""
     mask = differing(batch)[:, None]
@@ -377,6 +383,7 @@ def flow_edit_masked(strength: float, batch: Batch) -> Tensor:
 UNINVERTED: dict[str, Callable[[Batch], Tensor]] = {
     **{f"SDEdit at {strength:g}": partial(sdedit, strength) for strength in (0.4, 0.6, 0.8)},
     **{f"Flow Edit at {strength:g}": partial(flow_edit, strength) for strength in (0.7, 0.9)},
+    "Flow Edit at 0.9, confined": partial(flow_edit_confined, 0.9),
     "Flow Edit at 0.9, DiffEdit's mask": partial(flow_edit_masked, 0.9),
 }
 RECIPES = [*UNINVERTED, *(" + ".join(pair) for pair in GRID)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from inspect import signature
 
 import torch
 from comfy.model_base import BaseModel
@@ -306,12 +307,25 @@ def check_followed(trajectory: Trajectory, sigmas: Tensor) -> None:
 
 
 def check_image_run(
-    node: str, guider: CFGGuider, image: Tensor, noise: Tensor, latent: Tensor, sigmas: Tensor, needs_noise: bool
+    node: str,
+    guider: CFGGuider,
+    image: Tensor,
+    noise: Tensor,
+    latent: Tensor,
+    sigmas: Tensor,
+    denoise_mask: Tensor | None,
+    needs_noise: bool,
 ) -> None:
     """Raises ValueError for a sampling run in which `node` cannot make an edit of `image` [1 or b, c, (t,) h, w]."""
     check_every_call(guider.model_patcher, node)
     _check_conditionings(guider)
     check_one_gpu(guider.model_patcher)
+    model = guider.model_patcher.model
+    if denoise_mask is not None and "denoise_mask" in signature(model.process_timestep).parameters:
+        raise ValueError(
+            f"Under a noise mask this MODEL ({type(model).__name__}) takes what is outside for free of noise, where "
+            f"{node} has noise everywhere: remove Set Latent Noise Mask, and keep the rest by confine of Flow Edit."
+        )
     own = guider.model_patcher.model.process_latent_in(latent)
     sampling = guider.model_patcher.get_model_object("model_sampling")
     if own.shape[1:] != image.shape[1:] or len(image) not in (1, len(own)) or _distance(own, image) > SAME:
