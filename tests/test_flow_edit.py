@@ -310,6 +310,9 @@ def test_confined_along_a_trajectory_within_a_mask_and_for_several_targets() -> 
     region = RunRegion(threshold=0.34, until=0.6)
     edited = edit_image(parts.model, parts.source, parts.image, region=region)
     alone = parts.sample(edited)
+    inputs = {"model": parts.model, "source": parts.source, "image": {"samples": parts.image}}
+    by_node, _ = execute(FlowEdit, **inputs, confine=0.34, confine_after=0.6)
+    assert torch.equal(parts.sample(by_node), alone)
     noise = comfy.sample.prepare_noise(parts.image, SEED).repeat(2, 1, 1, 1)
     both = parts.sample(edited, noise=noise, latent=parts.image.repeat(2, 1, 1, 1))
     assert close(both, alone.expand_as(both), 1e-5)
