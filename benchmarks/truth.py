@@ -42,15 +42,17 @@ from ..demo.flow import FLOW_WEIGHTS, load_flow
 from ..demo.outcomes import Outcomes
 from ..guidance.cross_attention import CrossAttentionGuidance
 from ..guidance.proximal import INVERSION, Proximal
+from ..guidance.rf_inversion import ImagePull
 from ..host.branch.blocks import last_layers, layout_blocks
 from ..host.branch.guide import attach_guide
 from ..host.branch.guided import attach_rule
+from ..host.branch.pulled import attach_pull
 from ..host.branch.source import attach, attach_blend
 from ..host.files.trajectory import DPMPP_2M, Trajectory
 from ..host.run.cost import Cost, metered
 from ..host.run.model import is_flow, is_unet, noise_latent
+from ..inversion.diffedit import RunRegion, difference_mask
 from ..inversion.diffedit import Settings as Differences
-from ..inversion.diffedit import difference_mask
 from ..inversion.flow_edit import edit_image, edit_trajectory
 from ..inversion.null_text import Settings as NullText
 from ..inversion.null_text import null_text
@@ -336,6 +338,11 @@ def pix2pix_zero(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
     return attach_guide(inverted.model, inverted.trajectory, guide, checkpointing=False), batch.moved
 
 
+def image_pull(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
+    pull = ImagePull(0.9, 0.0, 0.25, False)
+    return attach_pull(inverted.model, inverted.trajectory.states[-1], pull), batch.target
+
+
 DDIM, NULL_TEXT, OF_FLOWS = "DDIM", "null text", "Uni-Inv"
 INVERSIONS: dict[str, Callable[[Batch], Inverted]] = {
     DDIM: ddim,
@@ -360,6 +367,7 @@ EDITORS: dict[str, Callable[[Batch, Inverted], tuple[ModelPatcher, list]]] = {
     "MasaCtrl": masactrl,
     "pix2pix-zero": pix2pix_zero,
     "Flow Edit": flow_edit_along,
+    "Image Pull": image_pull,
 }
 GRID = [(inversion, editor) for inversion in INVERSIONS for editor in EDITORS]
 ABLATIONS: dict[str, Callable[[Batch], Inverted]] = {
@@ -418,6 +426,12 @@ def flow_edit(strength: float, batch: Batch, mask_of: MaskOf | None = None, fres
     return img2img(batch, strength, edit_image(batch.model, batch.source, batch.latent, fresh, mask=mask), mask)
 
 
+def flow_edit_confined(strength: float, batch: Batch) -> Tensor:
+    """To where its own predictions differ, with Difference Mask's threshold."""
+    region = RunRegion(0.3, 0.1)
+    return img2img(batch, strength, edit_image(batch.model, batch.source, batch.latent, region=region))
+
+
 def differing_mask(batch: Batch) -> Tensor:
     """[b, 1, h, w]"""
     return differing(batch)[:, None]
@@ -433,10 +447,11 @@ UNINVERTED: dict[str, Callable[[Batch], Tensor]] = {
     "SDEdit at 0.8, true mask": partial(sdedit, 0.8, mask_of=true_mask),
     **{f"Flow Edit at {strength:g}": partial(flow_edit, strength) for strength in (0.7, 0.9)},
     "Flow Edit at 0.9, one noise": partial(flow_edit, 0.9, fresh=False),
+    "Flow Edit at 0.9, confined": partial(flow_edit_confined, 0.9),
     "Flow Edit at 0.9, DiffEdit's mask": partial(flow_edit, 0.9, mask_of=differing_mask),
     "Flow Edit at 0.9, true mask": partial(flow_edit, 0.9, mask_of=true_mask),
 }
-FLOW_GRID = [(OF_FLOWS, editor) for editor in ("naive", "Flow Edit", "DiffEdit", "PnP", "MasaCtrl")]
+FLOW_GRID = [(OF_FLOWS, editor) for editor in ("naive", "Flow Edit", "Image Pull", "DiffEdit", "PnP", "MasaCtrl")]
 RECIPES = {
     model: [*UNINVERTED, *(" + ".join(pair) for pair in pairs)]
     for model, pairs in {"unet": GRID, "flow": FLOW_GRID}.items()

@@ -25,6 +25,7 @@ from ..host.run.sampler import OwnSampler, Run
 from .run import Guidance, check_unedited, host_sample
 
 NODE = "Difference Mask"
+RATIO = 3.0  # times the mean difference, which counts as 1
 
 
 class Settings(NamedTuple):
@@ -47,6 +48,23 @@ def relevance(differences: Tensor, ratio: float) -> Tensor:
     strength = differences.abs().flatten(2, -3).mean((0, 2))
     most = ratio * strength.mean((1, 2), keepdim=True)
     return (strength / most).clamp(max=1)
+
+
+class RunRegion(NamedTuple):
+    """That mask from the predictions of an edit's own first steps, each at a noise level of its own.
+
+    threshold: of the relevance. until: the fraction of the run (0 to 1) whose steps count, at least the first.
+    """
+
+    threshold: float
+    until: float
+
+    def looks(self, fraction: float) -> bool:
+        return fraction < self.until
+
+    def found(self, differences: Tensor) -> Tensor:
+        strong = (relevance(differences, RATIO) > self.threshold).to(differences)
+        return strong[(slice(None), None, *[None] * (differences.ndim - 5))]
 
 
 class DifferenceSampler(OwnSampler):

@@ -15,7 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..host.branch.virtual import Path, Virtual, attach_virtual
+from ..host.branch.virtual import Path, Region, Virtual, attach_virtual
 from ..host.files.conditioning import SEED, copied
 from ..host.files.trajectory import Trajectory
 from ..host.run.model import fitting, noised
@@ -33,12 +33,14 @@ def edit_image(
     cfg: float = 1.0,
     pull: float = 0.0,
     mask: Tensor | None = None,
+    region: Region | None = None,
 ) -> ModelPatcher:
     """A MODEL that any run of the host's samplers from image latents [b, c, (t,) h, w] edits them with.
 
     source: the prompt that says what the image shows. fresh: whether each step draws noise of its own, as in the paper,
     or all have the sampler's. cfg: the source's guidance, by the sampler's negative prompt. pull: FlowAlign's zeta.
-    mask: where to edit, as the host's noise mask. Raises ValueError for models and latents that cannot be edited.
+    mask: where to edit, as the host's noise mask. region: finds where to edit, in the run's own first steps. Raises
+    ValueError for models and latents that cannot be edited.
     """
     check_unedited(model, NODE)
     check_every_call(model, NODE)
@@ -50,12 +52,17 @@ def edit_image(
     states = [noised(model, image, noise, sigma) for sigma in sigmas.tolist()]
     trajectory = as_trajectory(model, Guidance(source), states, sigmas)
     path = Path.FRESH if fresh else Path.SAMPLED
-    kept = Virtual(NODE, samples.clone(), None if mask is None else mask.clone(), path, cfg, pull)
+    kept = Virtual(NODE, samples.clone(), None if mask is None else mask.clone(), path, cfg, pull, region)
     return attach_virtual(model, trajectory, kept)
 
 
 def edit_trajectory(
-    model: ModelPatcher, trajectory: Trajectory, source: list | None = None, cfg: float = 1.0, pull: float = 0.0
+    model: ModelPatcher,
+    trajectory: Trajectory,
+    source: list | None = None,
+    cfg: float = 1.0,
+    pull: float = 0.0,
+    region: Region | None = None,
 ) -> ModelPatcher:
     """As `edit_image`, for runs along a trajectory, which has the source at every sigma.
 
@@ -68,4 +75,4 @@ def edit_trajectory(
         seed = trajectory.conditioning[0][1][SEED]
         trajectory = trajectory._replace(conditioning=[[t, o | {SEED: seed}] for t, o in copied(source)])
     samples = model.model.process_latent_out(trajectory.states[-1])
-    return attach_virtual(model, trajectory, Virtual(NODE, samples, None, Path.FOLLOWED, cfg, pull))
+    return attach_virtual(model, trajectory, Virtual(NODE, samples, None, Path.FOLLOWED, cfg, pull, region))

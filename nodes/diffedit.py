@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch.nn.functional import interpolate
 
-from ..inversion.diffedit import NODE, Settings, difference_mask
+from ..inversion.diffedit import NODE, RATIO, Settings, difference_mask
 from .widgets import encoder, fraction, image_to_invert, latent_of, seed_of
 
 
@@ -32,7 +32,7 @@ class DifferenceMask(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "ratio",
-                    default=3.0,
+                    default=RATIO,
                     min=1.0,
                     max=20.0,
                     step=0.1,

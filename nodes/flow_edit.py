@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host.files.trajectory import Trajectory
+from ..inversion.diffedit import RunRegion
 from ..inversion.flow_edit import NODE, edit_image, edit_trajectory
 from . import sockets
 from .widgets import encoded, encoder
@@ -90,6 +91,28 @@ class FlowEdit(io.ComfyNode):
                     ),
                 ),
                 encoder(),
+                io.Float.Input(
+                    "confine",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip=(
+                        "Keeps the image exactly as it was where the two predictions differ less than this. 0 edits "
+                        "everywhere, 0.3 confines; higher keeps more. Costs nothing."
+                    ),
+                ),
+                io.Float.Input(
+                    "confine_after",
+                    default=0.1,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How much of the run confine looks at, before it puts the rest of the image back.",
+                ),
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The model whose samples are the edited image."),
@@ -101,14 +124,17 @@ class FlowEdit(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, image, source_cfg, noise, source=None, pull=0.0, vae=None) -> io.NodeOutput:
+    def execute(
+        cls, model, image, source_cfg, noise, source=None, pull=0.0, vae=None, confine=0.0, confine_after=0.1
+    ) -> io.NodeOutput:
+        region = RunRegion(confine, confine_after) if confine else None
         if isinstance(image, Trajectory):
-            edited = edit_trajectory(model, image, source, source_cfg, pull)
+            edited = edit_trajectory(model, image, source, source_cfg, pull, region)
             return io.NodeOutput(edited, {"samples": model.model.process_latent_out(image.states[-1])})
         if source is None:
             raise ValueError(f"{NODE} was given an image but no source: connect the prompt that says what it shows.")
         latent = encoded(image, vae, NODE)
         mask = latent.get("noise_mask")
         return io.NodeOutput(
-            edit_image(model, source, latent["samples"], noise == FRESH, source_cfg, pull, mask), latent
+            edit_image(model, source, latent["samples"], noise == FRESH, source_cfg, pull, mask, region), latent
         )

@@ -19,6 +19,7 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "edit-real-image",
     "flow-edit",
     "flow-inversion-edit",
+    "image-pull",
     "local-blend",
     "masactrl-edit",
     "negative-prompt-inversion",

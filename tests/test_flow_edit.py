@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import comfy.sample
 import comfy.samplers
@@ -14,8 +15,10 @@ from comfy.samplers import CFGGuider, calc_cond_batch
 from torch import Tensor
 
 from flows import FLOWS, Flow
+from palimpsest.host.branch.virtual import attach_virtual, virtual_of
 from palimpsest.host.run.cost import metered
 from palimpsest.host.run.sampler import OwnSampler, Run
+from palimpsest.inversion.diffedit import RunRegion
 from palimpsest.inversion.flow_edit import edit_image, edit_trajectory
 from palimpsest.inversion.run import Guidance, ddim_sigmas, invert, resample
 from palimpsest.inversion.virtual import PRESETS, invert_virtually, schedule
@@ -86,8 +89,18 @@ def noises(image: Tensor, steps: int) -> list[Tensor]:
     return [first, *(torch.randn(image.shape, generator=later).double() for _ in range(steps - 1))]
 
 
-def paper(parts: Parts, noise: list[Tensor], source_cfg: float = 1.0, scale: float = 1.0, pull: float = 0.0) -> Tensor:
-    """FlowEdit's algorithm 1 with n_avg 1 and n_min 0, and FlowAlign's pull."""
+def paper(
+    parts: Parts,
+    noise: list[Tensor],
+    source_cfg: float = 1.0,
+    scale: float = 1.0,
+    pull: float = 0.0,
+    confined: tuple[float, int] | None = None,
+) -> Tensor:
+    """FlowEdit's algorithm 1 with n_avg 1 and n_min 0, and FlowAlign's pull.
+
+    confined: DiffEdit's threshold, and from the end of which step on the image is put back outside its mask.
+    """
 
     def body(denoise: Denoise, image: Tensor) -> Tensor:
         def velocity(prompt: str, x: Tensor, sigma: float, cfg: float) -> Tensor:
@@ -95,7 +108,8 @@ def paper(parts: Parts, noise: list[Tensor], source_cfg: float = 1.0, scale: flo
             return (x - (negative + cfg * (positive - negative))) / sigma
 
         edit, levels = image, parts.sigmas.double().tolist()
-        for sigma, below, n in zip(levels, levels[1:], noise, strict=False):
+        strength = torch.zeros(image.shape[-2:]).double()
+        for i, (sigma, below, n) in enumerate(zip(levels, levels[1:], noise, strict=False)):
             source = (1 - sigma) * image + sigma * scale * n
             target = edit + source - image
             v_source, v_target = (
@@ -105,6 +119,14 @@ def paper(parts: Parts, noise: list[Tensor], source_cfg: float = 1.0, scale: flo
             moved = (below - sigma) * (v_target - v_source)
             d_source, d_target = source - sigma * v_source, target - sigma * v_target
             edit = edit + moved + pull * (d_source - d_target)
+            if confined is not None:
+                threshold, last = confined
+                if i <= last:
+                    apart = denoise("positive", target, sigma) - denoise("source", source, sigma)
+                    strength = strength + apart.abs().flatten(1, -3).mean(1)
+                if i >= last:
+                    mask = (strength / (3 * strength.mean())).clamp(max=1) > threshold
+                    edit = torch.where(mask, edit, image)
         return edit
 
     return parts.loop(body)
@@ -264,6 +286,65 @@ def test_inside_the_mask_that_the_two_prompts_make(flow: Flow) -> None:
     outside = mask[:, ::8, ::8].expand_as(result) == 0
     assert torch.equal(result[outside], parts.image[outside])
     assert not close(result[~outside], parts.image[~outside], 0.05)
+
+
+@every_flow
+@pytest.mark.parametrize("fresh", [True, False])
+def test_confined_to_where_the_predictions_differ(flow: Flow, fresh: bool) -> None:
+    """By the first 3 of 5 steps; from there on the rest is the image, at the end to the bit."""
+    parts = Parts(flow)
+    scale = getattr(parts.model.get_model_object("model_sampling"), "noise_scale", 1.0)
+    drawn = noises(parts.image, STEPS) if fresh else noises(parts.image, 1) * STEPS
+    region = RunRegion(threshold=0.34, until=0.6)
+    result = parts.sample(edit_image(parts.model, parts.source, parts.image, fresh, region=region))
+    assert close(result, paper(parts, drawn, 1.0, scale, confined=(0.34, 2)))
+    kept = (result == parts.image).all(1)
+    assert 0.1 < kept.float().mean() < 0.9
+    if result.ndim == 5:
+        assert torch.equal(kept, kept[:, :1].expand_as(kept))
+    assert not close(result, paper(parts, drawn, 1.0, scale), 0.05)
+
+
+def test_confined_along_a_trajectory_within_a_mask_and_for_several_targets() -> None:
+    parts = Parts(FLOWS["Flux"])
+    region = RunRegion(threshold=0.34, until=0.6)
+    edited = edit_image(parts.model, parts.source, parts.image, region=region)
+    alone = parts.sample(edited)
+    inputs = {"model": parts.model, "source": parts.source, "image": {"samples": parts.image}}
+    by_node, _ = execute(FlowEdit, **inputs, confine=0.34, confine_after=0.6)
+    assert torch.equal(parts.sample(by_node), alone)
+    noise = comfy.sample.prepare_noise(parts.image, SEED).repeat(2, 1, 1, 1)
+    both = parts.sample(edited, noise=noise, latent=parts.image.repeat(2, 1, 1, 1))
+    assert close(both, alone.expand_as(both), 1e-5)
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1
+    within = parts.sample(edited, mask=mask)
+    kept = (within == parts.image).all(1)
+    assert kept[..., 4:].all()
+    assert 0 < kept[..., :4].float().mean() < 1
+    trajectory = invert(parts.model, Guidance(parts.source), parts.image, parts.sigmas)
+    free, confined = (
+        parts.sample(edit_trajectory(parts.model, trajectory, region=one), latent=parts.image) for one in (None, region)
+    )
+    kept = (confined == parts.image).all(1)
+    assert 0.1 < kept.float().mean() < 0.9
+    assert not (free == parts.image).all(1).any()
+
+
+@pytest.mark.parametrize("sampler", ["lcm", "euler_ancestral"])
+def test_confined_under_other_samplers(sampler: str) -> None:
+    """With the sampler's own noise, which the source is found from even where the edit was put back."""
+    parts = Parts(FLOWS["Flux"])
+    region = RunRegion(threshold=0.34, until=0.6)
+    model, trajectory = invert_virtually(parts.model, parts.source, parts.image, parts.sigmas, seed=SEED)
+    virtual = replace(virtual_of(model), region=region)
+    confined = attach_virtual(parts.model, trajectory, virtual)
+    kept = (parts.sample(confined, sampler=sampler) == parts.image).all(1)
+    assert 0.1 < kept.float().mean() < 0.9
+    everywhere = attach_virtual(parts.model, trajectory, replace(virtual, region=RunRegion(-1.0, 0.6)))
+    free = parts.sample(model, sampler=sampler)
+    assert close(parts.sample(everywhere, sampler=sampler), free, 1e-5)
+    assert torch.equal(parts.sample(model, sampler=sampler), free)
 
 
 def test_refusals() -> None:

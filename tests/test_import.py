@@ -30,7 +30,7 @@ import palimpsest.inversion.fixed_point, palimpsest.inversion.regularise
 import palimpsest.inversion.edit_friendly, palimpsest.inversion.turbo_edit, palimpsest.inversion.edict
 import palimpsest.inversion.dpm_solver, palimpsest.inversion.obelm, palimpsest.inversion.uni_inv
 import palimpsest.guidance.negative_prompt, palimpsest.guidance.proximal, palimpsest.guidance.cross_attention
-import palimpsest.guidance.direction, palimpsest.guidance.sentences
+import palimpsest.guidance.direction, palimpsest.guidance.sentences, palimpsest.guidance.rf_inversion
 hosts = sorted(name for name in sys.modules if name.split(".")[0] in ("comfy", "comfy_api", "nodes", "server"))
 assert not hosts, hosts
 """

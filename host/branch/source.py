@@ -163,6 +163,7 @@ class _Run:
         self.live: set[int] = set()  # the steps at which the source's row took part
         self.maps: dict[int, tuple[Tensor, Tensor]] = {}  # by step: word maps of source and target
         self.predicted: Tensor | None = None  # the source's denoised estimate, guided, where it is read
+        self.apart: Tensor | None = None  # the target's less the source's there, each by its prompt alone
 
     @property
     def source(self) -> dict:
@@ -355,6 +356,7 @@ def _calc_cond_batch(executor, model, conds: list, x_in: Tensor, timestep: Tenso
     if run.predicts(call.target):
         predictions = answers if joined is conds else results
         run.predicted = predictions[call.source]
+        run.apart = results[call.target] - run.predicted
         if call.beside is not None:
             negative = predictions[call.beside]
             run.predicted = negative + run.branch.cfg * (run.predicted - negative)

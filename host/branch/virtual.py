@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Protocol
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -38,6 +39,20 @@ class Path(Enum):
     SAMPLED, FRESH, FOLLOWED = range(3)
 
 
+class Region(Protocol):
+    """Where the two predictions differ, found in the first steps of a run."""
+
+    def looks(self, fraction: float) -> bool:
+        """Whether the step that starts where `fraction` (0 to 1) of the run is finished adds to what is known."""
+
+    def found(self, differences: Tensor) -> Tensor:
+        """[b, 1, (1,) h, w], 1 where to edit and 0 where not, from the differences of the steps [n, b, c, (t,) h, w].
+
+        They are Delta without guidance, by which the two would differ everywhere. It is how far the edit is to go; less
+        d, it would be how the model denoises what has moved already.
+        """
+
+
 @dataclass(frozen=True)
 class Virtual:
     """What a MODEL carries beside its source branch. Immutable; the state of a run is in `_Run`.
@@ -47,6 +62,7 @@ class Virtual:
     path: where the source is at a sigma.
     cfg: the guidance of the source's prediction, by the sampler's negative prompt.
     pull: how much of Delta each step takes back.
+    region: outside which d is 0 from the step on at which it is known; None to edit everywhere.
     """
 
     node: str
@@ -55,6 +71,7 @@ class Virtual:
     path: Path
     cfg: float = 1.0
     pull: float = 0.0
+    region: Region | None = None
 
 
 def attach_virtual(model: ModelPatcher, trajectory: Trajectory, virtual: Virtual) -> ModelPatcher:
@@ -132,6 +149,9 @@ class _Run:
         self.sigma = float(sigmas[0])
         self.moved = self.image.new_zeros(images, *self.image.shape[1:])  # d
         self.answered = self.moved  # Delta of the last call
+        self.region = virtual.region
+        self.differences: list[Tensor] = []  # of the steps at which the region looks
+        self.found: Tensor | None = None  # the region, once it is known
 
     def reach(self, sigma: float, mask: Tensor | None) -> Tensor:
         """d at `sigma`, where the step that ends there is taken. mask: of the host, which puts the image back."""
@@ -144,6 +164,18 @@ class _Run:
                 self.noise = torch.randn(self.image.shape, generator=self.generator).to(self.image)
         return self.moved
 
+    def confined(self, moved: Tensor) -> Tensor:
+        """d or Delta within the region that was found; outside the sampler's own d only fades."""
+        return moved if self.found is None else moved * self.found
+
+    def look(self, apart: Tensor) -> None:
+        """Notes the difference of the two estimates at a step, and finds the region at the last such step."""
+        if self.region is None or self.found is not None:
+            return
+        self.differences.append(apart)
+        if not self.region.looks((step_of(self.sigmas, self.sigma) + 1) / (len(self.sigmas) - 1)):
+            self.found = self.region.found(torch.stack(self.differences))
+
     def states(self, x: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
         """The source's latent [1 or b, c, (t,) h, w] and the target's [b, c, (t,) h, w] for the sampler's x.
 
@@ -153,11 +185,11 @@ class _Run:
             state = self.trajectory.states[self.trajectory.index(self.sigma)].to(x)
         elif self.noise is not None:
             state = noised(self.model, self.image, self.noise, self.sigma)
-        elif len(self.image) == len(x):
+        elif len(self.image) == len(x) and self.found is None:
             return x - moved, x
         else:
             state = (x - moved)[: len(self.image)]
-        return state, state + moved
+        return state, state + self.confined(moved)
 
     def answer(self, difference: Tensor, mask: Tensor | None) -> Tensor:
         """Delta as the sampler is to take it, from the difference of the two predictions."""
@@ -165,7 +197,8 @@ class _Run:
             step = step_of(self.sigmas, self.sigma)
             _, taken = self.mix(self.sigma, float(self.sigmas[step + 1]))
             difference = difference * (1 - self.pull / taken)
-        self.answered = difference if mask is None else difference * mask
+        difference = difference if mask is None else difference * mask
+        self.answered = self.confined(difference)
         return self.answered
 
     def masked(self, guider: CFGGuider, model_options: dict, timestep: Tensor) -> Tensor | None:
@@ -185,13 +218,14 @@ def _outer_sample(
     image = trajectory.states[-1]
     mix = mix_of(sampler, is_flow(guider.model_patcher))
     check_follows(virtual.node, sampler, mix is not None)
-    check_image_run(virtual.node, guider, image, noise, latent, sigmas, virtual.path is not Path.FOLLOWED)
+    needs_noise = virtual.path is not Path.FOLLOWED
+    check_image_run(virtual.node, guider, image, noise, latent, sigmas, mask, needs_noise)
     if virtual.path is Path.FOLLOWED:
         check_followed(trajectory, sigmas)
     run = _Run(virtual, guider.model_patcher, trajectory, len(latent), sigmas, mix, mask, seed or 0)
     options[KEY] = run
     result = executor(noise, latent, sampler, sigmas, mask, callback, quiet, seed, **kwargs)
-    moved = run.reach(float(sigmas[-1]), None)
+    moved = run.confined(run.reach(float(sigmas[-1]), None))
     edited = guider.model_patcher.model.process_latent_out(run.image + moved).to(result)
     # Through the model's own scale and back an image is not the same to the last bit.
     return torch.where(moved.to(result) == 0, latent.to(result), edited)
@@ -205,4 +239,6 @@ def _predict_noise(executor, x: Tensor, timestep: Tensor, model_options: dict, *
     state, target = run.states(x, moved)
     branch.predicted = None
     denoised = executor(target, timestep, source.with_state(model_options, state), *args, **kwargs)
-    return run.image + run.answer(denoised - branch.predicted, mask)
+    difference = denoised - branch.predicted
+    run.look(branch.apart)
+    return run.image + run.answer(difference, mask)

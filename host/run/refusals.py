@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from inspect import signature
 
 import torch
 from comfy.model_base import BaseModel
@@ -325,12 +326,25 @@ def check_followed(trajectory: Trajectory, sigmas: Tensor) -> None:
 
 
 def check_image_run(
-    node: str, guider: CFGGuider, image: Tensor, noise: Tensor, latent: Tensor, sigmas: Tensor, needs_noise: bool
+    node: str,
+    guider: CFGGuider,
+    image: Tensor,
+    noise: Tensor,
+    latent: Tensor,
+    sigmas: Tensor,
+    denoise_mask: Tensor | None,
+    needs_noise: bool,
 ) -> None:
     """Raises ValueError for a sampling run in which `node` cannot make an edit of `image` [1 or b, c, (t,) h, w]."""
     check_every_call(guider.model_patcher, node)
     _check_conditionings(guider)
     check_one_gpu(guider.model_patcher)
+    model = guider.model_patcher.model
+    if denoise_mask is not None and "denoise_mask" in signature(model.process_timestep).parameters:
+        raise ValueError(
+            f"Under a noise mask this MODEL ({type(model).__name__}) takes what is outside for free of noise, where "
+            f"{node} has noise everywhere: remove Set Latent Noise Mask, and keep the rest by confine of Flow Edit."
+        )
     own = guider.model_patcher.model.process_latent_in(latent)
     sampling = guider.model_patcher.get_model_object("model_sampling")
     if own.shape[1:] != image.shape[1:] or len(image) not in (1, len(own)) or _distance(own, image) > SAME:
@@ -640,6 +654,20 @@ def check_all_images(x: Tensor, images: int) -> None:
     """Raises ValueError where the model is called on less than the batch, whose images have prompts in turn."""
     if len(x) != images:
         raise ValueError(f"The model is called on {len(x)} of {images} images: remove context windows from this MODEL.")
+
+
+def check_pulled(noise: Tensor, image: Tensor, virtual: bool) -> None:
+    """Raises ValueError for a run that Image Pull cannot draw to `image`. virtual: whether it edits from an image."""
+    if virtual:
+        raise ValueError(
+            "Image Pull draws sampling to an image, which a MODEL of Flow Edit or Virtual Inversion does not leave but "
+            "by its edit: remove Image Pull, and lower cfg or denoise, or raise Flow Edit's pull."
+        )
+    if image.shape[1:] != noise.shape[1:] or len(image) not in (1, len(noise)):
+        raise ValueError(
+            f"Image Pull's image has latents of shape {list(image.shape)} but the sampler's are {list(noise.shape)}: "
+            "connect an image of the size that is sampled, and one or as many as the batch holds."
+        )
 
 
 def check_one_model(model: BaseModel, guider: CFGGuider, node: str) -> None:

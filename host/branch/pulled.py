@@ -1,0 +1,44 @@
+"""A pull of the denoised estimate to an image, whatever guider, sampler and edit it comes from."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from comfy.samplers import Sampler
+from torch import Tensor
+
+from ..run.refusals import check_pulled
+from ..run.schedule import step_of
+from . import virtual
+
+KEY = "palimpsest.image_pull"
+
+
+class Pull(Protocol):
+    def pulled(self, denoised: Tensor, image: Tensor, fraction: float) -> Tensor:
+        """The estimate [b, c, (t,) h, w] to go on with, at the step that starts at `fraction` (0 to 1) of the run."""
+
+
+def attach_pull(model: ModelPatcher, image: Tensor, pull: Pull) -> ModelPatcher:
+    """A clone of `model` whose guided estimate is pulled to `image` [1 or b, c, (t,) h, w], in sampler space.
+
+    Several pulls act one after the other.
+    """
+
+    def outer_sample(executor, noise: Tensor, latent: Tensor, sampler: Sampler, *args, **kwargs):
+        options = executor.class_obj.model_options["transformer_options"]
+        check_pulled(noise, image, virtual.KEY in options)
+        return executor(noise, latent, sampler, *args, **kwargs)
+
+    def predict_noise(executor, x: Tensor, timestep: Tensor, model_options: dict, *args, **kwargs) -> Tensor:
+        denoised = executor(x, timestep, model_options, *args, **kwargs)
+        sigmas = model_options["transformer_options"]["sample_sigmas"]
+        fraction = step_of(sigmas, float(timestep[0])) / (len(sigmas) - 1)
+        return pull.pulled(denoised, image.to(denoised), fraction)
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, predict_noise)
+    return model
