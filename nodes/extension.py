@@ -8,6 +8,7 @@ from server import PromptServer
 from . import (
     alignment_view,
     blend,
+    concepts,
     conditioning,
     cross_attention,
     demo,
@@ -61,6 +62,7 @@ NODES: list[type[io.ComfyNode]] = [
     guidance.NegativePromptGuidance,
     guidance.NegativePromptGuider,
     guidance.ProximalGuidance,
+    concepts.ConceptGuidance,
     store.RecordAttention,
     store.SaveAttentionStore,
     store.LoadAttentionStore,
