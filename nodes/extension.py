@@ -8,6 +8,7 @@ from server import PromptServer
 from . import (
     alignment_view,
     blend,
+    concepts,
     conditioning,
     cross_attention,
     demo,
@@ -63,6 +64,7 @@ NODES: list[type[io.ComfyNode]] = [
     guidance.NegativePromptGuider,
     guidance.ProximalGuidance,
     pull.ImagePullNode,
+    concepts.ConceptGuidance,
     store.RecordAttention,
     store.SaveAttentionStore,
     store.LoadAttentionStore,

@@ -12,6 +12,7 @@ FOLDER = PACK / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 FIRST = "edit-real-image"  # opens the README
 EDITS = (  # save the source and its edits, side by side or as a batch
+    "concept-guidance",
     "diffedit",
     "edict",
     "edit-friendly",
