@@ -118,8 +118,8 @@ def plot(results: Results, path: Path) -> None:
             of = [rows for (name, _), rows in results.items() if name == recipe]
             scale = 100 if field == "shown" else 1
             points = [mean(rows, "rows") for rows in of], [scale * mean(rows, field) for rows in of]
-            color = f"C{inversions.index(inversion)}"
-            axes.plot(*points, STYLES[editor], color=color, marker=".", linewidth=1, label=recipe)
+            look = {"color": f"C{inversions.index(inversion)}", "linestyle": STYLES[editor], "linewidth": 1}
+            axes.plot(*points, marker=".", label=recipe, **look)
         axes.set_xscale("log")
         axes.set_xticks([10, 20, 50, 100, 200], ["10", "20", "50", "100", "200"])
         axes.set_xlabel("rows of the network an edit")

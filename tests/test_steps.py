@@ -60,6 +60,13 @@ def test_rows_are_those_of_an_edit_with_its_inversion(whole: Path) -> None:
     assert (whole / "plot.png").stat().st_size > 0
 
 
+def test_every_recipe_has_a_line(tmp_path: Path) -> None:
+    score = {"case": 0, "kind": "add", "inside": 20.0, "outside": 30.0, "shown": True, "only": True, "seconds": 1.0}
+    rows = [steps.Row(recipe, n, **score, rows=3.0 * n) for recipe in steps.RECIPES for n in (4, 8)]
+    steps.plot(steps.grouped(rows), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
+
+
 def test_a_run_goes_on_and_gives_the_same_numbers(whole: Path, tmp_path: Path) -> None:
     half = ["DDIM + P2P", "virtual InfEdit + MasaCtrl"]
     run(tmp_path, "--only", half[0])
