@@ -147,7 +147,7 @@ def test_equals_the_papers_update(name: str, prediction: ModelType) -> None:
         fresh = [torch.randn(tiny.image.shape, generator=later).double() for _ in range(STEPS)]
         theirs = flowedit(x0, sigmas, [first, *fresh] if name == FLOWEDIT else [first] * STEPS, estimate)
     assert (theirs - x0).norm() > 0.05 * x0.norm()
-    assert (ours - theirs).norm() < 1e-5 * (theirs - x0).norm()
+    assert (ours - theirs).norm() < 2e-5 * (theirs - x0).norm()  # on one thread rounding alone comes to 1.04e-5
 
 
 @pytest.mark.parametrize("steps", [4, 8])
