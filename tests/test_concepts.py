@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flows import FLOWS
 from palimpsest.guidance.concepts import Concept
-from palimpsest.host.branch.concepts import attach_concept
+from palimpsest.host.branch.concepts import KEY, attach_concept
 from palimpsest.inversion.replay import invert_edit_friendly
 from palimpsest.inversion.run import Guidance, invert
 from palimpsest.nodes.concepts import ConceptGuidance
@@ -169,7 +169,7 @@ def test_at_scale_0_the_node_hands_on_its_model(demo: tuple) -> None:
 def test_the_node_marks_all_words_of_the_concept(demo: tuple) -> None:
     model, clip, _ = demo
     (found,) = execute(ConceptGuidance, model=model, clip=clip, concept="a blue car", scale=-2.0, threshold=0.7)
-    (one,) = found.model_options["transformer_options"]["palimpsest.concepts"]
+    (one,) = found.model_options["transformer_options"][KEY]
     assert one.columns.nonzero().flatten().tolist() == [1, 2, 3]
     assert (one.scale, one.quantile) == (-2.0, 0.7)
 
@@ -183,7 +183,7 @@ def test_what_cannot_be_is_refused(tiny: Tiny, demo: tuple) -> None:
     with pytest.raises(ValueError, match=r"This MODEL \(Flux\) is no UNet, but Concept Guidance reads layers"):
         attach_concept(FLOWS["Flux"].make(), concept())
     (found,) = execute(ConceptGuidance, model=tiny.model, clip=clip)
-    with pytest.raises(ValueError, match=r"another node's guidance \(palimpsest.concepts\)"):
+    with pytest.raises(ValueError, match=r"another node's guidance \(Concept Guidance\)"):
         invert(guided(tiny, concept()), Guidance(tiny.source), tiny.image, tiny.sigmas)
     with pytest.raises(ValueError, match=f"embeddings of 128 channels but the prompt beside it has {WIDTH}"):
         tiny.sample(found)

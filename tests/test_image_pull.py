@@ -158,7 +158,7 @@ def test_refusals() -> None:
     larger = torch.zeros(1, 16, 8, 12)
     with pytest.raises(ValueError, match=r"latents of shape \[1, 16, 8, 8\] but the sampler's are \[1, 16, 8, 12\]"):
         parts.sample(pulled, noise=larger, latent=larger)
-    with pytest.raises(ValueError, match=r"another node's guidance \(palimpsest.image_pull\), which bends the path"):
+    with pytest.raises(ValueError, match=r"another node's guidance \(Image Pull\), which bends the path"):
         invert(pulled, Guidance(parts.source), parts.image, parts.sigmas)
     with pytest.raises(ValueError, match="Image Pull was given an image but no vae"):
         execute(ImagePullNode, model=parts.model, image=torch.zeros(1, 64, 64, 3))

@@ -11,14 +11,14 @@ from comfy.sampler_helpers import convert_cond
 from comfy.samplers import CFGGuider, Sampler, calc_cond_batch
 from torch import Tensor
 
-from ..run.refusals import check_every_call, check_plain, check_positions_kept, check_prompt_kept, check_unet
+from ..run.refusals import OURS, check_every_call, check_plain, check_positions_kept, check_prompt_kept, check_unet
 from ..run.schedule import step_of
 from ..run.shortcuts import uncompiled
 from ..unet.patches import layer_of, with_measure
 from .call import CHUNKS, POSITIVE, slice_of
 from .maps import map_size, token_maps
 
-KEY = "palimpsest.concepts"
+KEY = f"{OURS}Concept Guidance"
 
 
 class Concept(Protocol):

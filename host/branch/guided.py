@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..files.trajectory import Trajectory
 from ..run.model import add_outermost
-from ..run.refusals import check_in_place, check_one_state, check_run, check_same_model
+from ..run.refusals import OURS, check_in_place, check_one_state, check_run, check_same_model
 from .source import STATE
 
-KEY = "palimpsest.guided"
 NODE = "Proximal Guidance"
+KEY = f"{OURS}{NODE}"
 
 
 class Rule(Protocol):

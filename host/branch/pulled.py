@@ -9,11 +9,11 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import Sampler
 from torch import Tensor
 
-from ..run.refusals import check_pulled
+from ..run.refusals import OURS, check_pulled
 from ..run.schedule import step_of
 from . import virtual
 
-KEY = "palimpsest.image_pull"
+KEY = f"{OURS}Image Pull"
 
 
 class Pull(Protocol):

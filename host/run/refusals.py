@@ -41,6 +41,7 @@ WORDS = (
     "such as Apply Style Model."
 )
 RANGES = ("start_percent", "end_percent")
+OURS = "palimpsest."  # before the node's display name, the key of wrappers that guide
 NEGATIVES = "palimpsest.negatives"  # key of Negative Prompt Guidance's wrappers
 # Where nodes stand between a sampler and what the UNet predicts: functions among the model's options, and wrappers.
 GUIDANCE = (
@@ -182,7 +183,8 @@ def check_unguided(model: ModelPatcher) -> None:
         found.append("Negative Prompt Guidance")
     elsewhere = model.model_options["transformer_options"].get("wrappers", {})
     for kind in GUIDING:
-        found += [key or f"a {kind} wrapper" for key in (*model.wrappers.get(kind, {}), *elsewhere.get(kind, {}))]
+        keys = (*model.wrappers.get(kind, {}), *elsewhere.get(kind, {}))
+        found += [key.removeprefix(OURS) if key else f"a {kind} wrapper" for key in keys]
     if found:
         raise ValueError(
             f"The MODEL to invert or record carries another node's guidance ({found[0]}), which bends the path: "

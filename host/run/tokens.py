@@ -46,7 +46,7 @@ def prompt_words(clip: CLIP | Tokens, prompt: str, name: str) -> Words:
     kind = type(clip.tokenizer)
     if kind in CHATS:
         ((chunk,),) = tokens.values()
-        return _in_chat(chunk, getattr(clip.tokenizer, clip.tokenizer.clip).inv_vocab, *CHATS[kind])
+        return _in_chat(chunk, getattr(clip.tokenizer, clip.tokenizer.clip).inv_vocab, *CHATS[kind], name)
     if kind is FluxTokenizer:  # its CLIP reads the prompt as a whole, and the model none of its tokens
         return _of_t5(*tokens[T5], clip.tokenizer.t5xxl)
     if kind is PixArtTokenizer:
@@ -108,10 +108,16 @@ def _of_sd3(clip: CLIP, tokens: dict[str, list[list[Token]]], name: str) -> Word
     return words_of_both(*loaded) if len(loaded) > 1 else loaded[0]
 
 
-def _in_chat(chunk: list[Token], vocabulary: dict[int, str], turn: int, whole: bool) -> Words:
+def _in_chat(chunk: list[Token], vocabulary: dict[int, str], turn: int, whole: bool, name: str) -> Words:
     """Of a prompt that a user says, behind the marks of the turn, "user" and a line's end."""
     pieces = [*_inner_texts(chunk, vocabulary, "")]
-    begin = [i for i, piece in enumerate(pieces) if piece == TURN][turn] + 3
+    turns = [i for i, piece in enumerate(pieces) if piece == TURN]
+    if len(turns) <= turn or TURN_END not in pieces[turns[turn] :]:  # the host takes a chat that was typed as it is
+        raise ValueError(
+            f"The {name} prompt is a chat of its own ({TURN} ...) without the user's turn: in Prompt Edit type the "
+            "prompt alone."
+        )
+    begin = turns[turn] + 3
     end = len(pieces) - 1 - pieces[::-1].index(TURN_END)
     first = 0 if whole else begin
     return words_between(pieces[first:], begin - first, len(pieces) - end)
