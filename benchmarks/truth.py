@@ -451,7 +451,8 @@ UNINVERTED: dict[str, Callable[[Batch], Tensor]] = {
     "Flow Edit at 0.9, DiffEdit's mask": partial(flow_edit, 0.9, mask_of=differing_mask),
     "Flow Edit at 0.9, true mask": partial(flow_edit, 0.9, mask_of=true_mask),
 }
-FLOW_GRID = [(OF_FLOWS, editor) for editor in ("naive", "Flow Edit", "Image Pull", "DiffEdit", "PnP", "MasaCtrl")]
+FLOW_EDITORS = "naive", "P2P", "P2P, blended", "PnP", "MasaCtrl", "Flow Edit", "Image Pull", "DiffEdit"
+FLOW_GRID = [(OF_FLOWS, editor) for editor in FLOW_EDITORS]
 RECIPES = {
     model: [*UNINVERTED, *(" + ".join(pair) for pair in pairs)]
     for model, pairs in {"unet": GRID, "flow": FLOW_GRID}.items()
