@@ -54,7 +54,7 @@ class ConceptGuidance(io.ComfyNode):
             raise ValueError(f"{NODE} got no CLIP: the checkpoint holds no text encoder; load one with Load CLIP.")
         if scale == 0:
             return io.NodeOutput(model)
-        words = prompt_words(clip, concept, "concept")
+        words = prompt_words(clip, concept, "concept", NODE)
         if not words.texts:
             raise ValueError(f"The concept of {NODE} is empty: type what to add or to take away.")
         if start >= end:

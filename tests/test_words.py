@@ -21,6 +21,8 @@ from palimpsest.attention.alignment import carry_over, resolve
 from palimpsest.attention.alignment_picture import draw, lines
 from palimpsest.host.run.tokens import prompt_words
 from palimpsest.host.words import Words, find_words, readable
+from palimpsest.nodes.concepts import ConceptGuidance
+from tiny import execute
 
 
 def clip(tokenizer, **encoders: bool) -> CLIP:
@@ -200,7 +202,12 @@ def test_other_text_encoders_are_named(tokenizer: type) -> None:
 
 @pytest.mark.parametrize("chat", ["user\na cat<|im_end|>\n", "system\nx<|im_end|>\n<|im_start|>user\na cat"])
 def test_a_chat_without_the_users_turn_is_refused(chat: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"source prompt is a chat of its own \(<\|im_start\|> ...\) without the user"
-    ):
+    with pytest.raises(ValueError, match=r"source prompt is a chat of its own \(<\|im_start\|> ...\) without the user"):
         read("Qwen-Image", f"<|im_start|>{chat}")
+
+
+def test_concept_guidance_is_named_where_it_reads_the_words() -> None:
+    with pytest.raises(ValueError, match=r"Concept Guidance does not know the words of this text encoder \(HiDream"):
+        execute(ConceptGuidance, model=None, clip=clip(HiDreamTokenizer()))
+    with pytest.raises(ValueError, match="The concept prompt is a chat .* in Concept Guidance type the prompt alone"):
+        execute(ConceptGuidance, model=None, clip=CLIPS["Qwen-Image"], concept="<|im_start|>user\na cat")

@@ -37,8 +37,8 @@ class Tokens:
         return self.tokenizer.tokenize_with_weights(prompt, return_word_ids)
 
 
-def prompt_words(clip: CLIP | Tokens, prompt: str, name: str) -> Words:
-    """The tokens and words of a prompt, which `name` names in errors.
+def prompt_words(clip: CLIP | Tokens, prompt: str, name: str, node: str = "Prompt Edit") -> Words:
+    """The tokens and words of a prompt. Errors name it by `name`, and `node` as where to change it.
 
     Raises ValueError for text encoders whose words are not known, and where two of them divide the prompt differently.
     """
@@ -46,20 +46,20 @@ def prompt_words(clip: CLIP | Tokens, prompt: str, name: str) -> Words:
     kind = type(clip.tokenizer)
     if kind in CHATS:
         ((chunk,),) = tokens.values()
-        return _in_chat(chunk, getattr(clip.tokenizer, clip.tokenizer.clip).inv_vocab, *CHATS[kind], name)
+        return _in_chat(chunk, getattr(clip.tokenizer, clip.tokenizer.clip).inv_vocab, *CHATS[kind], name, node)
     if kind is FluxTokenizer:  # its CLIP reads the prompt as a whole, and the model none of its tokens
         return _of_t5(*tokens[T5], clip.tokenizer.t5xxl)
     if kind is PixArtTokenizer:
         return _of_t5(*tokens[T5], clip.tokenizer.clip_t5xxl)
     if kind is SD3Tokenizer:
-        return _of_sd3(clip, tokens, name)
+        return _of_sd3(clip, tokens, name, node)
     tokenizers = [getattr(clip.tokenizer, f"clip_{key}", None) for key in tokens]
     if any(tokenizer is None or tokenizer.inv_vocab.get(tokenizer.start_token) != START for tokenizer in tokenizers):
         raise ValueError(
-            f"Prompt Edit does not know the words of this text encoder ({kind.__name__}): connect the CLIP of an "
+            f"{node} does not know the words of this text encoder ({kind.__name__}): connect the CLIP of an "
             "SD1.x, SD2.x, SDXL, SD3, Flux.1, Chroma, Qwen-Image or Z-Image checkpoint."
         )
-    return _of_clip([*tokens.values()], tokenizers[0], name)
+    return _of_clip([*tokens.values()], tokenizers[0], name, node)
 
 
 def unknown_words(clip: CLIP | Tokens, *prompts: Words) -> list[str]:
@@ -78,12 +78,12 @@ def unknown_words(clip: CLIP | Tokens, *prompts: Words) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _of_clip(encoders: list[list[list[Token]]], tokenizer: SDTokenizer, name: str) -> Words:
+def _of_clip(encoders: list[list[list[Token]]], tokenizer: SDTokenizer, name: str, node: str) -> Words:
     """Of CLIPs that read a prompt side by side."""
     chunks, *others = encoders
     if any(_places(other) != _places(chunks) for other in others):
         raise ValueError(
-            f"The text encoders of this CLIP divide the {name} prompt into tokens differently: in Prompt Edit use "
+            f"The text encoders of this CLIP divide the {name} prompt into tokens differently: in {node} use "
             "encoders of one length, and textual inversions with as many vectors for each of them."
         )
     return words(_texts(chunks, tokenizer.inv_vocab))
@@ -98,23 +98,23 @@ def _of_t5(chunk: list[Token], tokenizer: SDTokenizer) -> Words:
     return words_between([*pieces, *tail], 0, len(tail))
 
 
-def _of_sd3(clip: CLIP, tokens: dict[str, list[list[Token]]], name: str) -> Words:
+def _of_sd3(clip: CLIP, tokens: dict[str, list[list[Token]]], name: str, node: str) -> Words:
     """CLIP's tokens, where any is loaded, and T5's behind them."""
     loaded, model = [], clip.cond_stage_model
     if model.clip_l is not None or model.clip_g is not None:
-        loaded.append(_of_clip([tokens["g"], tokens["l"]], clip.tokenizer.clip_g, name))
+        loaded.append(_of_clip([tokens["g"], tokens["l"]], clip.tokenizer.clip_g, name, node))
     if model.t5xxl is not None:
         loaded.append(_of_t5(*tokens[T5], clip.tokenizer.t5xxl))
     return words_of_both(*loaded) if len(loaded) > 1 else loaded[0]
 
 
-def _in_chat(chunk: list[Token], vocabulary: dict[int, str], turn: int, whole: bool, name: str) -> Words:
+def _in_chat(chunk: list[Token], vocabulary: dict[int, str], turn: int, whole: bool, name: str, node: str) -> Words:
     """Of a prompt that a user says, behind the marks of the turn, "user" and a line's end."""
     pieces = [*_inner_texts(chunk, vocabulary, "")]
     turns = [i for i, piece in enumerate(pieces) if piece == TURN]
     if len(turns) <= turn or TURN_END not in pieces[turns[turn] :]:  # the host takes a chat that was typed as it is
         raise ValueError(
-            f"The {name} prompt is a chat of its own ({TURN} ...) without the user's turn: in Prompt Edit type the "
+            f"The {name} prompt is a chat of its own ({TURN} ...) without the user's turn: in {node} type the "
             "prompt alone."
         )
     begin = turns[turn] + 3
