@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import nodes
 import pytest
 import torch
 from comfy.model_base import ModelType
@@ -11,6 +12,7 @@ from torch import Tensor
 from flows import FLOWS
 from palimpsest.guidance.concepts import Concept
 from palimpsest.host.branch.concepts import KEY, attach_concept
+from palimpsest.inversion.flow_edit import edit_image
 from palimpsest.inversion.replay import invert_edit_friendly
 from palimpsest.inversion.run import Guidance, invert
 from palimpsest.nodes.concepts import ConceptGuidance
@@ -157,6 +159,19 @@ def test_edits_stand_beside_it(tiny: Tiny, kind: str) -> None:
     assert relative(both, other_way) < 1e-5
     for model in (edited, guided(tiny, concept())):
         assert relative(tiny.sample(model, cfg=CFG), both) > 0.005
+
+
+def test_edits_without_inversion_stand_before_and_behind_it(tiny: Tiny) -> None:
+    """The concept is asked for where the target is, not where the sampler believes it to be."""
+
+    def sampled(model: ModelPatcher) -> Tensor:
+        prompts, latent = (tiny.target, tiny.negative), {"samples": tiny.image}
+        return nodes.KSampler().sample(model, 0, 5, CFG, "euler", "simple", *prompts, latent, 0.8)[0]["samples"]
+
+    edited = edit_image(tiny.model, tiny.source, tiny.image)
+    both = sampled(attach_concept(edited, concept()))
+    assert torch.equal(both, sampled(edit_image(guided(tiny, concept()), tiny.source, tiny.image)))
+    assert relative(both, sampled(edited)) > 0.005
 
 
 def test_at_scale_0_the_node_hands_on_its_model(demo: tuple) -> None:
