@@ -7,18 +7,21 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.model_base import ModelType
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from flows import FLOWS, Flow
 from palimpsest.attention.masactrl import MasaCtrl
 from palimpsest.guidance.rf_inversion import ImagePull
 from palimpsest.host.branch.blocks import attention_layers
+from palimpsest.host.branch.concepts import attach_concept
 from palimpsest.host.branch.pulled import attach_pull
 from palimpsest.host.branch.source import attach, attach_blend
 from palimpsest.inversion.flow_edit import edit_image
 from palimpsest.inversion.run import Guidance, invert, resample
 from palimpsest.nodes.pull import ImagePullNode
 from reference import in_float64
+from test_concepts import concept
 from test_flow_edit import CFG, Denoise, Parts, close, every_flow
 from test_local_blend import blend
 from tiny import Tiny, execute, tiny_model
@@ -143,6 +146,19 @@ def test_beside_edits(first: bool) -> None:
     assert torch.equal(result[..., 4:], source[..., 4:])
     for other in (pulled(parts.model), edited(parts.model)):
         assert not close(result, resample(other, trajectory, guidance), 0.02)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_concepts_are_pulled_too(first: bool) -> None:
+    """Concept Guidance adds to the estimate that is drawn to the image, whichever node comes first."""
+    tiny = Tiny()
+
+    def pulled(model: ModelPatcher) -> ModelPatcher:
+        return execute(ImagePullNode, model=model, image=tiny.trajectory, **ALL_THROUGH)[0]
+
+    both = attach_concept(pulled(tiny.model), concept()) if first else pulled(attach_concept(tiny.model, concept()))
+    to_the_end = torch.cat([tiny.sigmas[:-1], torch.zeros(1)])
+    assert close(tiny.sample(both, sigmas=to_the_end), tiny.image, 1e-6)
 
 
 def test_refusals() -> None:

@@ -9,6 +9,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import Sampler
 from torch import Tensor
 
+from ..run.model import add_outermost
 from ..run.refusals import OURS, check_pulled
 from ..run.schedule import step_of
 from . import virtual
@@ -40,5 +41,5 @@ def attach_pull(model: ModelPatcher, image: Tensor, pull: Pull) -> ModelPatcher:
 
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
-    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, predict_noise)
+    add_outermost(model, WrappersMP.PREDICT_NOISE, KEY, predict_noise)
     return model
