@@ -118,9 +118,8 @@ def test_it_edits_along_edit_friendly_noise_maps(tiny: Tiny) -> None:
     x = trajectory.states[0].double()
     for step, (sigma, below) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         kept = (below / sigma) ** 2
-        spread = below * (1 - kept).sqrt()
         denoised = x - sigma * reference.eps(x, sigma, step, (concept(),))
-        x = denoised + kept * (x - denoised) + spread * sampler.maps[step].double()
+        x = denoised + kept * (x - denoised) + sampler.maps[step].double()
     expected = tiny.model.model.process_latent_out(x)
     edited = tiny.sample(guided(tiny, concept()), cfg=CFG, sampler=sampler)
     assert relative(edited.double(), expected) < 1e-5
