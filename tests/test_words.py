@@ -200,7 +200,5 @@ def test_other_text_encoders_are_named(tokenizer: type) -> None:
 
 @pytest.mark.parametrize("chat", ["user\na cat<|im_end|>\n", "system\nx<|im_end|>\n<|im_start|>user\na cat"])
 def test_a_chat_without_the_users_turn_is_refused(chat: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"source prompt is a chat of its own \(<\|im_start\|> ...\) without the user"
-    ):
+    with pytest.raises(ValueError, match=r"source prompt is a chat of its own \(<\|im_start\|> ...\) without the user"):
         read("Qwen-Image", f"<|im_start|>{chat}")
