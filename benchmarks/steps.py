@@ -2,7 +2,7 @@
 
 Edits, recipes and scores are those of `bench truth`, whose settings are here the same at every number of steps. Results
 are kept edit by edit in a CSV file, by which a run goes on where it was interrupted; two tables and a plot are made of
-it, the second table beside the edit that is told apart by `REFERENCE`.
+it, the second table beside the edit that `REFERENCE` names.
 """
 
 from __future__ import annotations

@@ -420,16 +420,17 @@ def sdedit(strength: float, batch: Batch, mask_of: MaskOf | None = None) -> Tens
     return img2img(batch, strength, batch.model, mask_of and mask_of(batch))
 
 
-def flow_edit(strength: float, batch: Batch, mask_of: MaskOf | None = None, fresh: bool = True) -> Tensor:
-    """arXiv 2412.08629"""
+def flow_edit(
+    strength: float,
+    batch: Batch,
+    mask_of: MaskOf | None = None,
+    fresh: bool = True,
+    region: RunRegion | None = None,
+) -> Tensor:
+    """arXiv 2412.08629; region: where its own predictions differ."""
     mask = mask_of and mask_of(batch)
-    return img2img(batch, strength, edit_image(batch.model, batch.source, batch.latent, fresh, mask=mask), mask)
-
-
-def flow_edit_confined(strength: float, batch: Batch) -> Tensor:
-    """To where its own predictions differ, with Difference Mask's threshold."""
-    region = RunRegion(0.3, 0.1)
-    return img2img(batch, strength, edit_image(batch.model, batch.source, batch.latent, region=region))
+    model = edit_image(batch.model, batch.source, batch.latent, fresh, mask=mask, region=region)
+    return img2img(batch, strength, model, mask)
 
 
 def differing_mask(batch: Batch) -> Tensor:
@@ -447,7 +448,7 @@ UNINVERTED: dict[str, Callable[[Batch], Tensor]] = {
     "SDEdit at 0.8, true mask": partial(sdedit, 0.8, mask_of=true_mask),
     **{f"Flow Edit at {strength:g}": partial(flow_edit, strength) for strength in (0.7, 0.9)},
     "Flow Edit at 0.9, one noise": partial(flow_edit, 0.9, fresh=False),
-    "Flow Edit at 0.9, confined": partial(flow_edit_confined, 0.9),
+    "Flow Edit at 0.9, confined": partial(flow_edit, 0.9, region=RunRegion(0.3, 0.1)),
     "Flow Edit at 0.9, DiffEdit's mask": partial(flow_edit, 0.9, mask_of=differing_mask),
     "Flow Edit at 0.9, true mask": partial(flow_edit, 0.9, mask_of=true_mask),
 }

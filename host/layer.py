@@ -7,12 +7,12 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 Block = tuple[str, int]
-"""A block of a UNet as the host names it: ("input", 4), ("middle", 0), ("output", 11)."""
+"""A block as the host names it: ("input", 4), ("middle", 0), ("output", 11); in a flow transformer ("double", 0)."""
 
 
 class Layer(NamedTuple):
-    """A "self" or "cross" attention layer or the "feature" of a residual block: where it stands in the UNet, and the
-    size of its image.
+    """A "self" or "cross" attention layer or the "feature" of a residual block: where it stands in the network,
+    and the size of its image.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""A prompt's tokens and words, as texts. Pure torch.
+"""A prompt's tokens and words, as texts. Needs neither torch nor the host.
 
 CLIP's tokens come in chunks of equal length: one start token, byte-pair pieces, of which the last of a word ends in
 "</w>", and the tail, which is one end token and padding. Other tokenizers' pieces hold the blanks between words, and

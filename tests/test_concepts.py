@@ -7,6 +7,7 @@ import pytest
 import torch
 from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
+from comfy.samplers import sampler_object
 from torch import Tensor
 
 from flows import FLOWS
@@ -14,7 +15,8 @@ from palimpsest.guidance.concepts import Concept
 from palimpsest.host.branch.concepts import KEY, attach_concept
 from palimpsest.inversion.flow_edit import edit_image
 from palimpsest.inversion.replay import invert_edit_friendly
-from palimpsest.inversion.run import Guidance, invert
+from palimpsest.inversion.run import Guidance, invert, resample
+from palimpsest.inversion.virtual import invert_virtually, schedule
 from palimpsest.nodes.concepts import ConceptGuidance
 from reference import explicit, in_float64
 from test_composition import attach, edit
@@ -127,6 +129,27 @@ def test_it_edits_along_edit_friendly_noise_maps(tiny: Tiny) -> None:
     assert relative(edited.double(), expected) < 1e-5
     assert relative(tiny.sample(tiny.model, cfg=CFG, sampler=sampler), tiny.image) < 1e-5
     assert relative(edited, tiny.image) > 0.005
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_it_edits_without_inversion(tiny: Tiny, first: bool) -> None:
+    """In either order with Virtual Inversion its part is one of the difference that moves the image."""
+    sigmas = schedule(tiny.model, "simple", 4, 0.6)
+    model, trajectory = invert_virtually(
+        guided(tiny, concept()) if first else tiny.model, tiny.source, tiny.image, sigmas
+    )
+    model = model if first else attach_concept(model, concept())
+    edited = resample(model, trajectory, Guidance(tiny.target, tiny.negative, CFG), sampler_object("euler"))
+    reference, levels = Reference(tiny), sigmas.double()
+    image, moved = trajectory.states[-1].double(), 0.0
+    for i, (sigma, below) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        source = trajectory.states[i].double()
+        target = source + moved
+        of_source = source - sigma * reference.noise(source, sigma, tiny.source)[0]
+        difference = target - sigma * reference.eps(target, sigma, 0, (concept(),)) - of_source
+        moved = below / sigma * moved + (1 - below / sigma) * difference
+    expected = tiny.model.model.process_latent_out(image + moved)
+    assert relative(edited.double(), expected) < 1e-4
 
 
 def test_quantile_0_guides_everywhere_and_1_almost_nowhere() -> None:

@@ -331,7 +331,7 @@ def test_refusals() -> None:
         execute(RecordAttention, **inputs)
     with pytest.raises(ValueError, match="is no UNet, but Cross Attention Guidance reads"):
         execute(CrossAttentionGuidanceNode, **inputs)
-    with pytest.raises(ValueError, match="Local Blend's words cannot tell words"):
+    with pytest.raises(ValueError, match="Local Blend cannot tell words"):
         attach_blend(FLOWS["Wan"].make(), trajectory, blend())
 
 

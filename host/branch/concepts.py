@@ -12,7 +12,7 @@ from comfy.samplers import CFGGuider, Sampler, calc_cond_batch
 from torch import Tensor
 
 from ..run.refusals import OURS, check_every_call, check_plain, check_positions_kept, check_prompt_kept, check_unet
-from ..run.schedule import step_of
+from ..run.schedule import fraction_of
 from ..run.shortcuts import uncompiled
 from ..unet.patches import layer_of, with_measure
 from .call import CHUNKS, POSITIVE, slice_of
@@ -71,9 +71,8 @@ def _outer_sample(executor, noise: Tensor, latent: Tensor, sampler: Sampler, sig
 
 def _predict_noise(executor, x: Tensor, timestep: Tensor, model_options: dict, *args, **kwargs) -> Tensor:
     denoised = executor(x, timestep, model_options, *args, **kwargs)  # other wrappers may move x itself
-    options, sigma = model_options["transformer_options"], float(timestep[0])
-    sigmas = options["sample_sigmas"]
-    fraction = step_of(sigmas, sigma) / (len(sigmas) - 1)
+    options = model_options["transformer_options"]
+    fraction = fraction_of(options["sample_sigmas"], float(timestep[0]))
     for i, concept in enumerate(options[KEY]):
         if concept.applies(fraction):
             denoised = denoised + _part(executor.class_obj, i, concept, x, timestep, model_options)

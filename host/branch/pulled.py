@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..run.model import add_outermost
 from ..run.refusals import OURS, check_pulled
-from ..run.schedule import step_of
+from ..run.schedule import fraction_of
 from . import virtual
 
 KEY = f"{OURS}Image Pull"
@@ -35,8 +35,7 @@ def attach_pull(model: ModelPatcher, image: Tensor, pull: Pull) -> ModelPatcher:
 
     def predict_noise(executor, x: Tensor, timestep: Tensor, model_options: dict, *args, **kwargs) -> Tensor:
         denoised = executor(x, timestep, model_options, *args, **kwargs)
-        sigmas = model_options["transformer_options"]["sample_sigmas"]
-        fraction = step_of(sigmas, float(timestep[0])) / (len(sigmas) - 1)
+        fraction = fraction_of(model_options["transformer_options"]["sample_sigmas"], float(timestep[0]))
         return pull.pulled(denoised, image.to(denoised), fraction)
 
     model = model.clone()

@@ -1,4 +1,4 @@
-"""The source branch: a trajectory's row joins every model call, and the target's row reads from it inside the UNet.
+"""The source branch: a trajectory's row joins every model call, and the target's row reads from it inside the network.
 
 The source state is looked up at each sigma and never integrated, so it cannot drift: this is Direct Inversion
 (arXiv 2310.01506) without its correction pass. Edits are rules for what the target reads before the projections of an
@@ -104,7 +104,7 @@ def attach(
 def attach_blend(model: ModelPatcher, trajectory: Trajectory, blend: Blend) -> ModelPatcher:
     """A clone of `model` whose samples are the source outside the blend's mask. Raises ValueError as `attach`."""
     if blend.columns is not None:
-        check_worded(model, "Local Blend's words")
+        check_worded(model, "Local Blend")
     model, branch = branched(model, trajectory)
     check_states_known(branch.virtual, "Local Blend")
     if branch.blend is not None:

@@ -26,7 +26,7 @@ from ..run.model import add_outermost, is_flow, noised
 from ..run.refusals import check_followed, check_follows, check_image_run
 from ..run.sampler import function_name, settings
 from ..run.schedule import step_of
-from . import source
+from . import guided, source
 
 KEY = f"{source.KEY}.virtual"
 
@@ -81,8 +81,8 @@ def attach_virtual(model: ModelPatcher, trajectory: Trajectory, virtual: Virtual
     """
     model, branch = source.branched(model, trajectory)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
-    # What guides is to be asked at the target's latent, not at the sampler's.
-    add_outermost(model, WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
+    # Around what else guides, so that its part is in Delta; Proximal Guidance stays around all.
+    add_outermost(model, WrappersMP.PREDICT_NOISE, KEY, _predict_noise, within=guided.KEY)
     branch = replace(branch, virtual=True, cfg=virtual.cfg)
     model.model_options["transformer_options"] |= {source.KEY: branch, KEY: virtual}
     return model

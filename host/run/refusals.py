@@ -80,7 +80,7 @@ def check_worded(model: ModelPatcher, node: str) -> None:
     if not is_unet(model) and architecture_of(network).image_first:
         raise ValueError(
             f"{node} cannot tell words in the attention of this MODEL ({type(network).__name__}): use Flow Edit, "
-            "MasaCtrl or PnP Feature Injector."
+            "MasaCtrl or PnP Feature Injector, and Local Blend with a mask alone."
         )
 
 
