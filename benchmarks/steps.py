@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared_arguments(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 12, 20, 50], help="of the nodes, 4 to 50")
     parser.add_argument("--rows", type=float, default=16, help="the most that the second table shows")
-    parser.set_defaults(edits=40, cfg=3.0, folder=Path("steps"))
+    parser.set_defaults(model="unet", edits=40, cfg=3.0, folder=Path("steps"))
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -50,7 +50,7 @@ from ..host.branch.pulled import attach_pull
 from ..host.branch.source import attach, attach_blend
 from ..host.files.trajectory import DPMPP_2M, Trajectory
 from ..host.run.cost import Cost, metered
-from ..host.run.model import is_flow, is_unet, noise_latent
+from ..host.run.model import is_unet, noise_latent
 from ..inversion.diffedit import RunRegion, difference_mask
 from ..inversion.diffedit import Settings as Differences
 from ..inversion.flow_edit import edit_image, edit_trajectory
@@ -221,8 +221,7 @@ def turbo_edit(batch: Batch) -> Inverted:
 def virtual(preset: str, batch: Batch) -> Inverted:
     """No inversion: the image with noise on it, on a MODEL that edits it already."""
     sampler, fresh = PRESETS[preset]
-    scheduler = "simple" if is_flow(batch.model) else "karras"
-    sigmas = schedule(batch.model, scheduler, batch.steps, batch.arguments.strength)
+    sigmas = schedule(batch.model, "karras", batch.steps, batch.arguments.strength)
     seed = batch.arguments.seed
     model, trajectory = invert_virtually(batch.model, batch.source, batch.latent, sigmas, fresh, seed=seed)
     return Inverted(model, trajectory, batch.negative, comfy.samplers.sampler_object(sampler))
@@ -488,13 +487,13 @@ class Row(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared_arguments(parser)
+    parser.add_argument("--model", choices=WEIGHTS, default="unet", help="the demo model to edit with")
     parser.add_argument("--steps", type=int, default=20)
     parser.set_defaults(edits=200, cfg=4.0, folder=Path("truth"))
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
-    """All but the steps, of which `bench steps` has several."""
-    parser.add_argument("--model", choices=WEIGHTS, default="unet", help="the demo model to edit with")
+    """All but the model and the steps: `bench steps` has one and several."""
     parser.add_argument("--edits", type=int, help="how many, of the ten kinds in turn")
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--cfg", type=float)
