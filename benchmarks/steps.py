@@ -49,7 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     tables = tabled(results) + compared(results, arguments.rows)
     (arguments.folder / "table.md").write_text(tables)
     print(tables)
-    plot({key: of for key, of in results.items() if not of[0].refused}, arguments.folder / "plot.png")
+    figure = plot({key: of for key, of in results.items() if not of[0].refused})
+    figure.savefig(arguments.folder / "plot.png", dpi=130)
 
 
 def grouped(rows: Iterable[Row]) -> Results:
@@ -106,7 +107,7 @@ def difference(rows: list[Row], reference: list[Row], field: str) -> str:
     return f"{gaps.mean():+.2f} ± {gaps.std(ddof=1) / len(gaps) ** 0.5:.2f}"
 
 
-def plot(results: Results, path: Path) -> None:
+def plot(results: Results) -> Figure:
     """Each measure against rows: one line a recipe, a colour for its inversion and a dash for its editor."""
     figure = Figure((15, 6), layout="constrained")
     panels = figure.subplots(1, len(MEASURES))
@@ -125,4 +126,4 @@ def plot(results: Results, path: Path) -> None:
         axes.set_xlabel("rows of the network an edit")
         axes.set_title(label, fontsize=10)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=130)
+    return figure
