@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import comfy.samplers
@@ -25,7 +26,6 @@ from palimpsest.host.dit.attention import Joint
 from palimpsest.host.files.trajectory import Trajectory
 from palimpsest.host.layer import Layer
 from palimpsest.host.run.cost import metered
-from palimpsest.host.run.refusals import check_one_frame
 from palimpsest.host.run.sampler import OwnSampler, Run
 from palimpsest.host.words import Words, words_between
 from palimpsest.inversion.flow_edit import edit_trajectory
@@ -466,7 +466,7 @@ def test_two_targets_on_one_row_of_the_source() -> None:
 
 
 def test_frames_have_no_words() -> None:
-    flow = FLOWS["Qwen-Image"]
+    parts, trajectory = setting(replace(FLOWS["Qwen-Image"], latent=(1, 16, 3, 8, 8)))
+    model = attach_blend(parts.model, trajectory, Shown(phrases(4, 1), phrases(6, 2)))
     with pytest.raises(ValueError, match="the latent has 3 frames: use a mask of your own"):
-        check_one_frame(torch.zeros(1, 16, 3, 8, 8))
-    check_one_frame(torch.zeros(flow.latent))
+        resample(model, trajectory, Guidance(parts.target, parts.negative, CFG))
