@@ -15,7 +15,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from .truth import SETTINGS, VIRTUAL, Row, add_shared_arguments, measured
+from .recipes import VIRTUAL
+from .truth import SETTINGS, Row, add_shared_arguments, measured
 
 matplotlib.use("agg")
 

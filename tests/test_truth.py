@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from palimpsest.benchmarks import truth
+from palimpsest.benchmarks import recipes, truth
 from palimpsest.demo import model as demo_model
 from palimpsest.demo import scenes, score
 from palimpsest.demo.edits import EDITS, Edit
@@ -119,7 +119,7 @@ def test_every_recipe_of_the_flow_model_runs_and_goes_on(tmp_path: Path) -> None
     run(tmp_path, *flow, "--only", "")
     rows = measured(tmp_path)
     assert set(before) < set(rows)
-    assert {row[0] for row in rows} == set(truth.RECIPES["flow"])
+    assert {row[0] for row in rows} == set(recipes.RECIPES["flow"])
     assert [row for row in rows if row[-1]] == []  # none is refused
     spent = {row[0]: float(row[7]) for row in rows}
     assert spent["Uni-Inv + naive"] == 2 + 1 + 2 * 2
@@ -132,12 +132,12 @@ def test_the_true_mask_leaves_the_rest_as_it_was(demo: tuple) -> None:
     parser = argparse.ArgumentParser()
     truth.add_arguments(parser)
     cases = truth.draw_cases(3, seed=2026)
-    batch = truth.Batch((load_flow(), *demo[1:]), cases, parser.parse_args([]), steps=4)
-    changed = torch.nn.functional.max_pool2d(truth.true_mask(batch), 24, 8, 8)  # a position of 8 pixels and around it
+    batch = recipes.Batch((load_flow(), *demo[1:]), cases, parser.parse_args([]), steps=4)
+    changed = torch.nn.functional.max_pool2d(recipes.true_mask(batch), 24, 8, 8)  # a position of 8 pixels and around it
     kept = (changed == 0).expand_as(batch.latent)
     assert kept.any()
     for recipe in ("Flow Edit at 0.9, true mask", "SDEdit at 0.8, true mask"):
-        moved = (truth.UNINVERTED[recipe](batch) - batch.latent).abs()
+        moved = (recipes.UNINVERTED[recipe](batch) - batch.latent).abs()
         assert moved[kept].max() < 1e-5
         assert moved[~kept].mean() > 0.05
 
