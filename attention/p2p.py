@@ -14,7 +14,8 @@ the self-attention map of each image token (MM-DiT Prompt-to-Prompt, arXiv 2508.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,10 +113,23 @@ class PromptToPrompt:
         return self.carry.source * scaled[:, None], self.carry.own * scaled + 1 - alpha
 
 
+class _Placed(NamedTuple):
+    """Tables where a model's values are: [b, source tokens, target tokens], and the diagonal matrices [b, target
+    tokens, target tokens], None where they are 0. carries: which of the b carry anything over.
+    """
+
+    carried: Tensor
+    own: Tensor | None
+    carries: tuple[bool, ...]
+
+
 @dataclass(frozen=True)
 class _Rule:
+    """placed: the tables of one model call, which all its layers share."""
+
     tables: tuple[Tensor, Tensor] | None
     self_positions: float
+    placed: dict[tuple, _Placed] = field(default_factory=dict, compare=False)
     node = PromptToPrompt.node
     everyone = False
     reads = ("query", "key")
@@ -127,17 +141,27 @@ class _Rule:
     def read(self, layer: Layer, source: Inputs, target: Inputs) -> tuple[Read, ...]:
         if layer.kind == "self":
             return (Read(Inputs(source.query, source.key, target.value)),)
-        images, value = torch.arange(len(target.value)), target.value.flatten(2)
-        carried, own = (table[images % len(table)].to(value) for table in self.tables)
-        carried, own = cut(carried, source.key.shape[1], value.shape[1]), own[:, : value.shape[1]]
+        value = target.value.flatten(2)
+        carried, own, carries = self.beside(value, source.key.shape[1])
 
         def term(inputs: Inputs, carry: Tensor, carried_value: Tensor) -> Read:
-            return Read(inputs._replace(value=carried_value.unflatten(-1, target.value.shape[2:])), carry)
+            return Read(inputs._replace(value=carried_value.unflatten(-1, target.value.shape[2:])), carry, carries)
 
         from_source = term(source, carried, carried @ value)
-        if not self.tables[1].any():
+        if own is None:
             return (from_source,)
-        return from_source, term(target, own.diag_embed(), own[..., None] * value)
+        return from_source, term(target, own, own.diagonal(0, 1, 2)[..., None] * value)
+
+    def beside(self, value: Tensor, source: int) -> _Placed:
+        """The tables for values [b, target tokens, channels] and so many tokens of the source."""
+        place = *value.shape[:2], source, value.device, value.dtype
+        if place not in self.placed:
+            images = torch.arange(len(value))
+            carried, own = (table[images % len(table)] for table in self.tables)
+            carried = cut(carried, source, value.shape[1])
+            own = own[:, : value.shape[1]].diag_embed().to(value) if self.tables[1].any() else None
+            self.placed[place] = _Placed(carried.to(value), own, tuple(carried.flatten(1).any(1).tolist()))
+        return self.placed[place]
 
 
 def cut(carried: Tensor, source: int, target: int) -> Tensor:

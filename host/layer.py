@@ -55,11 +55,13 @@ class Read(NamedTuple):
 
     carry: [1 or b, tokens of inputs, tokens of target], where the value is carry @ the target's own value and the
     target's map thus A @ carry; None where that map is A itself.
+    carries: for each of the b whether its carry from the source holds anything, where there is one.
     parts: in self-attention, what takes the place of one attention to all keys; none where that stays.
     """
 
     inputs: Inputs
     carry: Tensor | None = None
+    carries: tuple[bool, ...] = ()
     parts: tuple[Part, ...] = ()
 
 

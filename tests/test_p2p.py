@@ -191,6 +191,19 @@ def test_a_map_that_is_all_the_sources_is_one_term() -> None:
     assert len(edit.at(0.0).read(CROSS, rows, rows)) == 2
 
 
+def test_the_layers_of_a_call_share_their_tables() -> None:
+    """On a graphics card each would be a copy to it, in every layer; and whether they hold anything a wait for it."""
+    edit = ours([published("refine", 10)], 10, torch.zeros(1, 77, 4))
+    rule = edit.at(0.5)
+    rows = [Inputs(*(torch.zeros(1, n, width) for n in (positions, 77, 77))) for positions, width in ((16, 8), (64, 4))]
+    (one, own), (other, other_own) = (rule.read(CROSS, inputs, inputs) for inputs in rows)
+    assert one.carry is other.carry
+    assert own.carry is other_own.carry
+    assert one.carries == (True,)
+    longer = Inputs(*(torch.zeros(1, n, 8) for n in (16, 60, 77)))
+    assert rule.read(CROSS, longer, rows[0])[0].carry.shape == (1, 60, 77)
+
+
 def test_nothing_is_read_outside_the_windows() -> None:
     edit = ours([windowed(published("refine", 10), 2, 6)], 10, torch.zeros(1, 77, 4), self_=Window(0.4, 0.8), side=4)
     wanted = [edit.at(step / 10) for step in range(10)]

@@ -141,7 +141,8 @@ class Call:
         sources = {at: _expanded(supplied[layer], len(images[at].query)) for at in {*chain(*readers.values())}}
         changed: dict[int, Inputs] = {}
         for at in readers[layer]:
-            ((changed[at], _, _),) = rules[layer].read(layer, sources[at], images[at])
+            (read,) = rules[layer].read(layer, sources[at], images[at])
+            changed[at] = read.inputs
         result = rows.attended(images, changed)
 
         def worded(at: int) -> tuple[Parts, Callable[[Parts], Tensor]]:

@@ -103,10 +103,12 @@ def edited_attention(
     if query is not source.query:
         return image_attention(joint, attend, query, keys, values, terms)
     result = image_attention(joint, attend, query, keys._replace(words=source.key), values, terms)
-    carried = reads[0].carry.flatten(1).any(1)
-    if carried.all():
+    if all(reads[0].carries):
         return result
-    return torch.where(carried[:, None, None], result, image_attention(joint, attend, query, keys, values, terms))
+    alone = image_attention(joint, attend, query, keys, values, terms)
+    return torch.stack(
+        [one if carries else other for carries, one, other in zip(reads[0].carries, result, alone, strict=True)]
+    )
 
 
 def joint_maps(joint: Joint, values: Parts, columns: Tensor, attention: Callable[[Parts], Tensor]) -> Tensor:
