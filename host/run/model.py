@@ -42,7 +42,7 @@ def told_distilled(model: ModelPatcher, steps: int) -> str | None:
         return None
     return (
         f"This MODEL's sampling, lcm of ModelSamplingDiscrete, is for checkpoints distilled to a few of {known} "
-        f"timesteps, but {steps} steps were run: set steps to 4 to {FEW}, or take the MODEL from before that node."
+        f"timesteps, but {steps} steps were run: run 4 to {FEW}, or take the MODEL from before that node."
     )
 
 
