@@ -5,7 +5,7 @@
 else from the weights that the pack ships (or from scratch, where `--fresh` asks for it), and `--decay` in the last
 session lets the learning rate fall along a cosine to zero. `export` writes the averaged weights to the file that the
 pack loads. The flow model has stages of its own, on the same scenes: `flow`, `flow-preview` and `flow-export`; so has
-the LoRA for few steps, on walks of the shipped model: `lcm`, `lcm-preview` and `lcm-export`.
+the LoRA for few steps, on walks of the shipped model, at first always `--fresh`: `lcm`, `lcm-preview` and `lcm-export`.
 """
 
 from __future__ import annotations
