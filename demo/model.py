@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .tokenizer import DemoTokenizer
 
 WEIGHTS = Path(__file__).parent / "demo-model.safetensors"
+LCM_WEIGHTS = Path(__file__).parent / "demo-lcm.safetensors"
 
 SIZE = 128  # pixels a side
 PATCH = 8  # pixels a side that one latent position stands for
@@ -152,12 +153,19 @@ class ModelConfig(comfy.supported_models_base.BASE):
         return False
 
 
-def load(path: Path = WEIGHTS) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    """The model, its text encoder and its autoencoder as the host's objects, in fp32."""
+def load(path: Path = WEIGHTS, few_steps: bool = False) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+    """The model, its text encoder and its autoencoder as the host's objects, in fp32.
+
+    few_steps: with the LoRA that samples it in 4 to 8 steps without guidance.
+    """
     weights = comfy.utils.load_torch_file(str(path), safe_load=True)
     autoencoder = Autoencoder().eval().requires_grad_(False)
     autoencoder.load_state_dict(part(weights, "vae."))
-    return _load_unet(weights, autoencoder), _load_clip(weights), _load_vae(autoencoder)
+    unet = _load_unet(weights, autoencoder)
+    if few_steps:
+        lora = comfy.utils.load_torch_file(str(LCM_WEIGHTS), safe_load=True)
+        unet, _ = comfy.sd.load_lora_for_models(unet, None, lora, 1.0, 0.0)
+    return unet, _load_clip(weights), _load_vae(autoencoder)
 
 
 def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

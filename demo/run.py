@@ -36,10 +36,9 @@ class Run:
         inner = {id(p) for p in matrices}
         rest = [p for p in self.parameters if id(p) not in inner]
         # A step of an orthogonal matrix may be four times as large.
-        self.optimizers = {
-            Muon(matrices, lr=0.0): 4.0,
-            torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.01, fused=True): 1.0,
-        }
+        self.optimizers = {torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.01, fused=True): 1.0}
+        if matrices:
+            self.optimizers = {Muon(matrices, lr=0.0): 4.0} | self.optimizers
         self.use_parameters()
         if fresh:
             return
@@ -50,7 +49,7 @@ class Run:
                 optimizer.load_state_dict(state)
             self.average, self.step = saved["average"], saved["step"]
             print(f"{name}: checkpoint after step {self.step}", flush=True)
-        elif (shipped_file := SHIPPED[name][0]).exists():
+        elif name in SHIPPED and (shipped_file := SHIPPED[name][0]).exists():
             weights, steps = shipped(shipped_file)
             prefix = SHIPPED[name][1]
             module.load_state_dict({key: weights[prefix + key].float() for key in module.state_dict()})
@@ -113,7 +112,7 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
 
 ENDS = ("unet.input_blocks.0.", "unet.out.", "text.tokens")
 ENDS += ("img_in.", "txt_in.", "vector_in.", "time_in.", "final_layer.")  # of Flux
-BESIDE = ("embedding", "_mod.lin.", ".modulation.lin.")
+BESIDE = ("embedding", "_mod.lin.", ".modulation.lin.", "lora.")
 
 
 def save(state: dict, path: Path) -> None:

@@ -4,89 +4,34 @@
 `diffusion` train for the minutes they are given, in as many sessions as one likes: each resumes from its checkpoint,
 else from the weights that the pack ships (or from scratch, where `--fresh` asks for it), and `--decay` in the last
 session lets the learning rate fall along a cosine to zero. `export` writes the averaged weights to the file that the
-pack loads. The flow model has stages of its own, on the same scenes: `flow`, `flow-preview` and `flow-export`.
+pack loads. The flow model has stages of its own, on the same scenes: `flow`, `flow-preview` and `flow-export`; so has
+the LoRA for few steps, on walks of the shipped model, at first always `--fresh`: `lcm`, `lcm-preview` and `lcm-export`.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 from functools import partial
 from pathlib import Path
 
-import comfy.ops
 import numpy as np
 import torch
-from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import conv2d
 
 from . import data
-from .model import CHANNELS, PATCH, SIZE, UNET, WEIGHTS, Autoencoder
+from .denoiser import ALPHA_BAR, TIMESTEPS, Denoiser, initialise
+from .distil import export_lcm, preview_lcm, train_lcm
+from .model import CHANNELS, PATCH, SIZE, WEIGHTS, Autoencoder
 from .run import CAPTION_DROPOUT, CHECKPOINTS, ENCODER, Run, fitted_autoencoder, save, save_pictures
 from .team import Team
-from .text import TextEncoder, attention
 from .train_flow import export_flow, preview_flow, train_flow
 
 DECODER_BATCH = 16
-TIMESTEPS = 1000
-ALPHA_BAR = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64) ** 2, 0).float()
-
 
 half_precision = partial(torch.autocast, "cpu", torch.bfloat16)
-
-
-class Operations(comfy.ops.disable_weight_init):
-    """The host's layers, with convolutions cut to at most 128 inputs.
-
-    Beyond that the bfloat16 weight gradient of processors without AMX is 25 times as slow.
-    """
-
-    class Conv2d(comfy.ops.disable_weight_init.Conv2d):
-        def forward(self, x: Tensor) -> Tensor:
-            parts = zip(x.split(128, 1), self.weight.split(128, 1), strict=True)
-            first, *others = (conv2d(part, weight, None, self.stride, self.padding) for part, weight in parts)
-            return sum(others, first) + self.bias.to(first.dtype).view(-1, 1, 1)
-
-
-class Denoiser(nn.Module):
-    """UNet and text encoder, trained together; predicts v."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.text = TextEncoder()
-        self.unet = UNetModel(**copy.deepcopy(UNET), device="cpu", dtype=torch.float32, operations=Operations)
-        initialise(self.unet)
-        for module in self.unet.modules():  # every residual branch starts as zero
-            if isinstance(module, ResBlock):
-                nn.init.zeros_(module.out_layers[-1].weight)
-            elif isinstance(module, SpatialTransformer):
-                nn.init.zeros_(module.proj_out.weight)
-        nn.init.zeros_(self.unet.out[-1].weight)
-        self.requires_grad_(True)
-
-    def forward(self, noisy: Tensor, timestep: Tensor, rows: Tensor) -> Tensor:
-        options = {"optimized_attention_override": attention}
-        return self.unet._forward(noisy, timestep.float(), self.text(rows), transformer_options=options)
-
-    def denoised(self, noisy: Tensor, timestep: Tensor, rows: Tensor) -> Tensor:
-        alpha_bar = ALPHA_BAR[timestep].view(-1, 1, 1, 1)
-        return alpha_bar.sqrt() * noisy - (1 - alpha_bar).sqrt() * self(noisy, timestep, rows)
-
-
-def initialise(module: nn.Module) -> None:
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-        elif isinstance(layer, nn.GroupNorm | nn.LayerNorm):
-            nn.init.ones_(layer.weight)
-            nn.init.zeros_(layer.bias)
 
 
 def fit_encoder() -> None:
@@ -229,7 +174,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="that render or train at once")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--batch", type=int, default=32, help="of diffusion and flow")
+    parser.add_argument("--batch", type=int, default=32, help="of diffusion, flow and lcm")
     parser.add_argument("--decay", action="store_true", help="let the rate fall to zero by the end")
     parser.add_argument("--fresh", action="store_true", help="start from scratch")
     parser.add_argument("--guesses", action="store_true", help="of decoder: train it on the denoiser's pictures too")
@@ -250,17 +195,20 @@ def main() -> None:
         train_diffusion(*training, arguments.batch, arguments.processes)
     elif arguments.stage == "flow":
         train_flow(*training, arguments.batch, arguments.processes)
+    elif arguments.stage == "lcm":
+        train_lcm(*training, arguments.batch, arguments.processes)
     elif arguments.stage == "preview":
         preview(arguments.captions, arguments.output, arguments.cfg, arguments.steps, arguments.seed)
     elif arguments.stage == "flow-preview":
         preview_flow(arguments.captions, arguments.output, arguments.cfg, arguments.steps, arguments.seed)
-    elif arguments.stage == "export":
-        export()
+    elif arguments.stage == "lcm-preview":
+        preview_lcm(arguments.captions, arguments.output, arguments.steps, arguments.seed)
     else:
-        export_flow()
+        {"export": export, "flow-export": export_flow, "lcm-export": export_lcm}[arguments.stage]()
 
 
 STAGES = ("data", "encoder", "decoder", "diffusion", "preview", "export", "flow", "flow-preview", "flow-export")
+STAGES += ("lcm", "lcm-preview", "lcm-export")
 CAPTIONS = [
     "a photo of a red cat on a meadow",
     "a photo of a dog with a hat facing right on a beach",

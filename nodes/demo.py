@@ -21,7 +21,26 @@ class LoadDemoModel(io.ComfyNode):
                 "A small model that comes with the pack. It draws one or two everyday things at a place, 128 x 128 "
                 "pixels, from captions such as 'a photo of a red cat with a hat next to a house in the snow at sunset'."
             ),
-            search_aliases=["demo checkpoint", "toy model", "tiny model", "test model"],
+            search_aliases=[
+                "demo checkpoint",
+                "toy model",
+                "tiny model",
+                "test model",
+                "lcm",
+                "few steps",
+                "distilled",
+            ],
+            inputs=[
+                io.Boolean.Input(
+                    "few_steps",
+                    default=False,
+                    optional=True,
+                    tooltip=(
+                        "Adds a LoRA by which 4 to 8 steps at cfg 1 do: sampler euler or lcm, scheduler simple. Off is "
+                        "the model for 20 steps and more at cfg 3 to 5."
+                    ),
+                ),
+            ],
             outputs=[
                 io.Model.Output("model", tooltip="The diffusion model, laid out like SD1.5's, only smaller."),
                 io.Clip.Output("clip", tooltip="Its text encoder. It knows the words of Demo Scene captions only."),
@@ -30,8 +49,8 @@ class LoadDemoModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*model.load())
+    def execute(cls, few_steps=False) -> io.NodeOutput:
+        return io.NodeOutput(*model.load(few_steps=few_steps))
 
 
 class LoadDemoFlowModel(io.ComfyNode):

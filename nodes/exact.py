@@ -65,7 +65,7 @@ def answer(
     node: type[io.ComfyNode], model: ModelPatcher, cost: Cost, trajectory: Trajectory, sampler: comfy.samplers.Sampler
 ) -> io.NodeOutput:
     outputs = trajectory, *noise_and_sigmas_of(model, trajectory), sampler
-    return tell(node, *outputs, ui=spent(cost, trajectory))
+    return tell(node, *outputs, ui=spent(cost, trajectory, model))
 
 
 class EditFriendlyInversion(io.ComfyNode):

@@ -162,7 +162,7 @@ class DDIMInversion(io.ComfyNode):
         refinement = Refinement(iterations, average, autocorrelation, kl)
         model, cost = metered(model)
         trajectory = invert(model, Guidance(source, negative, cfg), samples, sigmas, refinement, SOLVERS[solver])
-        return tell(cls, trajectory, *noise_and_sigmas_of(model, trajectory), ui=spent(cost, trajectory))
+        return tell(cls, trajectory, *noise_and_sigmas_of(model, trajectory), ui=spent(cost, trajectory, model))
 
 
 class RecordTrajectory(io.ComfyNode):
@@ -230,4 +230,4 @@ class RecordTrajectory(io.ComfyNode):
         model, cost = metered(model)
         trajectory, image = record(model, guidance, sampler, sigmas, noise, samples, noise_seed)
         noise = noise_latent(model, trajectory)
-        return tell(cls, trajectory, {"samples": image}, {"samples": noise}, ui=spent(cost, trajectory))
+        return tell(cls, trajectory, {"samples": image}, {"samples": noise}, ui=spent(cost, trajectory, model))

@@ -117,4 +117,4 @@ class NullTextInversion(io.ComfyNode):
         negative, found = null_text(model, trajectory, start, settings, checkpointing)
         curves = {f"empty negative at cfg {cfg:g}": plain, "optimised": found}
         plot = error_plot({name: distances(path, trajectory) for name, path in curves.items()})
-        return tell(cls, negative, found, plot, ui=spent(cost, found))
+        return tell(cls, negative, found, plot, ui=spent(cost, found, model))

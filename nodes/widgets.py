@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 from comfy_api.latest import io, ui
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from ..host.files.trajectory import EULER, Trajectory
 from ..host.run.cost import Cost
-from ..host.run.model import noise_latent
+from ..host.run.model import noise_latent, told_distilled
 from ..host.run.refusals import check_no_mask
 from . import files
 
@@ -108,13 +110,18 @@ def noise_and_sigmas_of(model: ModelPatcher, trajectory: Trajectory) -> tuple[di
     return {"samples": noise_latent(model, trajectory)}, trajectory.sigmas.clone()
 
 
-def spent(cost: Cost, trajectory: Trajectory) -> ui.PreviewText:
+def spent(cost: Cost, trajectory: Trajectory, model: ModelPatcher) -> ui.PreviewText:
     """What a node's runs cost and how large what they made is, for the frontend to show under the node.
 
-    Also which sampler that was inverted for, where it is not the usual one.
+    Also which sampler that was inverted for, where it is not the usual one, and what does not fit a distilled model.
     """
-    fit = "" if trajectory.sampler == EULER else f" Sampler: {trajectory.sampler}."
-    return ui.PreviewText(f"{cost.told}; trajectory {trajectory.bytes / 2**20:,.1f} MB.{fit}")
+    told = [f"{cost.told}; trajectory {trajectory.bytes / 2**20:,.1f} MB."]
+    if trajectory.sampler != EULER:
+        told.append(f"Sampler: {trajectory.sampler}.")
+    if many := told_distilled(model, trajectory.steps):
+        logging.warning(f"Palimpsest: {many}")
+        told.append(many)
+    return ui.PreviewText(" ".join(told))
 
 
 def drawn(mask: Tensor) -> Tensor:

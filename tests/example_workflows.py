@@ -18,6 +18,7 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "edit-friendly",
     "edit-generated-image",
     "edit-real-image",
+    "few-step-edit",
     "flow-edit",
     "flow-inversion-edit",
     "image-pull",

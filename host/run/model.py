@@ -14,6 +14,7 @@ from ..files.trajectory import ModelIdentity, Trajectory
 from .weights import sampled_weights
 
 FLOW = "flow"
+FEW = 15  # steps, as many as InfEdit runs on a distilled checkpoint
 
 
 def prediction_type(model: ModelPatcher) -> str:
@@ -29,6 +30,20 @@ def prediction_type(model: ModelPatcher) -> str:
             "load an SD1.x, SD2.x, SDXL, Flux or other flow checkpoint, and remove nodes that change its sampling."
         )
     return "v" if isinstance(model_sampling, sampling.V_PREDICTION) else "eps"
+
+
+def told_distilled(model: ModelPatcher, steps: int) -> str | None:
+    """What to say where a model whose sampling is that of a distilled checkpoint is to run many steps.
+
+    A checkpoint or LoRA without ModelSamplingDiscrete's "lcm" looks like any other.
+    """
+    known = getattr(model.get_model_object("model_sampling"), "original_timesteps", None)  # ModelSamplingDiscrete's own
+    if known is None or steps <= FEW:
+        return None
+    return (
+        f"This MODEL's sampling, lcm of ModelSamplingDiscrete, is for checkpoints distilled to a few of {known} "
+        f"timesteps, but {steps} steps were run: run 4 to {FEW}, or take the MODEL from before that node."
+    )
 
 
 def is_unet(model: ModelPatcher) -> bool:
