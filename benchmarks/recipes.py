@@ -435,5 +435,5 @@ FLOW_EDITORS = "naive", "P2P", "P2P, blended", "PnP", "MasaCtrl", "Flow Edit", "
 FLOW_GRID = [(OF_FLOWS, editor) for editor in FLOW_EDITORS]
 RECIPES = {
     model: [*UNINVERTED, *(" + ".join(pair) for pair in pairs)]
-    for model, pairs in {"unet": GRID, "flow": FLOW_GRID}.items()
+    for model, pairs in {"unet": GRID, "few-step": GRID, "flow": FLOW_GRID}.items()
 }

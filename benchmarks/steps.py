@@ -8,6 +8,7 @@ it, the second table beside the edit that `REFERENCE` names.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 
 from .recipes import VIRTUAL
 from .truth import SETTINGS, Row, add_shared_arguments, measured
+from .truth import Results as Kept
 
 matplotlib.use("agg")
 
@@ -41,17 +43,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared_arguments(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 12, 20, 50], help="of the nodes, 4 to 50")
     parser.add_argument("--rows", type=float, default=16, help="the most that the second table shows")
-    parser.set_defaults(model="unet", edits=40, cfg=3.0, folder=Path("steps"))
+    parser.add_argument(
+        "--model", choices=("unet", "few-step"), default="unet", help="the demo model, or it with its LoRA"
+    )
+    parser.add_argument("--beside", type=Path, metavar="FOLDER", help="of the run that the second table refers to")
+    parser.set_defaults(edits=40, cfg=3.0, folder=Path("steps"))
 
 
 def run(arguments: argparse.Namespace) -> None:
     rows, _ = measured(arguments, RECIPES, arguments.steps, SETTINGS)
     results = grouped(rows)
-    tables = tabled(results) + compared(results, arguments.rows)
+    reference = results.get(REFERENCE) if arguments.beside is None else kept(arguments.beside, arguments)
+    tables = tabled(results) + (compared(results, reference, arguments.rows) if reference else "")
     (arguments.folder / "table.md").write_text(tables)
     print(tables)
     figure = plot({key: of for key, of in results.items() if not of[0].refused})
     figure.savefig(arguments.folder / "plot.png", dpi=130)
+
+
+def kept(folder: Path, arguments: argparse.Namespace) -> list[Row]:
+    """The results of `REFERENCE` in the folder of another run. Raises SystemExit where it has none of these edits."""
+    path = folder / "settings.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    other = [name for name in ("edits", "kinds", "seed") if before.get(name) != getattr(arguments, name)]
+    rows = grouped(Kept(folder / "edits.csv").rows).get(REFERENCE, [])
+    if other or len(rows) < arguments.edits:
+        raise SystemExit(
+            f"{folder} holds no {REFERENCE[0]} at {REFERENCE[1]} steps of the same edits"
+            + (f": other {', '.join(other)}." if before and other else ".")
+        )
+    return rows
 
 
 def grouped(rows: Iterable[Row]) -> Results:
@@ -81,11 +102,8 @@ def tabled(results: Results) -> str:
     return "\n".join([*lines, "", *(f"- Refused: {refusal}" for refusal in refusals)]) + "\n"
 
 
-def compared(results: Results, most: float) -> str:
+def compared(results: Results, reference: list[Row], most: float) -> str:
     """Markdown: differences from `REFERENCE`, edit by edit, with their standard errors, of what costs `most` rows."""
-    reference = results.get(REFERENCE)
-    if reference is None:
-        return ""
     rows, shown = mean(reference, "rows"), sum(row.shown for row in reference)
     lines = [
         f"\nBeside {REFERENCE[0]} at {REFERENCE[1]} steps ({rows:g} rows, {shown}/{len(reference)} shown):\n",

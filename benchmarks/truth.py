@@ -62,7 +62,7 @@ class Row(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared_arguments(parser)
-    parser.add_argument("--model", choices=WEIGHTS, default="unet", help="the demo model to edit with")
+    parser.add_argument("--model", choices=FILES, default="unet", help="the demo model to edit with")
     parser.add_argument("--steps", type=int, default=20)
     parser.set_defaults(edits=200, cfg=4.0, folder=Path("truth"))
 
@@ -81,7 +81,11 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, help="where results go, and are gone on from")
 
 
-WEIGHTS = {"unet": demo_model.WEIGHTS, "flow": FLOW_WEIGHTS}
+FILES = {
+    "unet": (demo_model.WEIGHTS,),
+    "few-step": (demo_model.WEIGHTS, demo_model.LCM_WEIGHTS),
+    "flow": (FLOW_WEIGHTS,),
+}
 SETTINGS = ("edits", "kinds", "batch", "cfg", "cross", "self_", "strength", "seed")
 
 
@@ -101,7 +105,7 @@ def measured(
     """
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    weights = hashlib.sha256(WEIGHTS[arguments.model].read_bytes()).hexdigest()[:12]
+    weights = hashlib.sha256(b"".join(path.read_bytes() for path in FILES[arguments.model])).hexdigest()[:12]
     check_settings(
         folder / "settings.json", {name: getattr(arguments, name) for name in settings} | {"weights": weights}
     )
@@ -109,7 +113,8 @@ def measured(
     if not chosen:
         raise SystemExit(f"No recipe holds {' or '.join(arguments.only)}; there are: {'; '.join(recipes)}.")
     results = Results(folder / "edits.csv")
-    cases, loaded = draw_cases(arguments.edits, arguments.seed, arguments.kinds), demo_model.load()
+    cases = draw_cases(arguments.edits, arguments.seed, arguments.kinds)
+    loaded = demo_model.load(few_steps=arguments.model == "few-step")
     if arguments.model == "flow":
         loaded = load_flow(), *loaded[1:]
     comfy.utils.PROGRESS_BAR_ENABLED = False

@@ -97,3 +97,18 @@ def test_the_second_table_is_of_differences_edit_by_edit(whole: Path, monkeypatc
         assert cell == f"{gaps.mean():+.2f} ± {abs(gaps[0] - gaps[1]) / 2:.2f}"
     seconds = [sum(float(line["seconds"]) for line in rows) for rows in (ours, theirs)]
     assert float(cells[3]) == pytest.approx(seconds[0] / seconds[1], abs=0.006)
+
+
+def test_few_steps_beside_the_edit_of_another_folder(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "REFERENCE", ("DDIM + naive", 4))
+    few = ["--model", "few-step", "--cfg", "1", "--only", "virtual InfEdit + naive"]
+    run(tmp_path, *few, "--beside", str(whole))
+    table = (tmp_path / "table.md").read_text().split("Beside DDIM + naive at 4 steps (12 rows, ")[1]
+    ours, theirs = lines(tmp_path), [line for line in lines(whole) if line["recipe"] == "DDIM + naive"]
+    assert {float(line["rows"]) for line in ours} == {8}
+    gaps = [float(one["outside"]) - float(other["outside"]) for one, other in zip(ours, theirs, strict=True)]
+    assert f" {np.mean(gaps):+.2f} ± " in table
+    with pytest.raises(SystemExit, match=r"holds no DDIM \+ naive at 4 steps of the same edits: other seed\."):
+        run(tmp_path / "other", *few, "--beside", str(whole), "--seed", "1")
