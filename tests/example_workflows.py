@@ -12,6 +12,7 @@ FOLDER = PACK / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 FIRST = "edit-real-image"  # opens the README
 EDITS = (  # save the source and its edits, side by side or as a batch
+    "add-something",
     "concept-guidance",
     "diffedit",
     "edict",
@@ -22,14 +23,17 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "flow-edit",
     "flow-inversion-edit",
     "image-pull",
+    "keep-layout-change-rest",
     "local-blend",
     "masactrl-edit",
     "negative-prompt-inversion",
     "null-text",
     "obelm",
+    "only-here-and-nowhere-else",
     "pix2pix-zero",
     "pnp-translate",
     "several-targets",
+    "strengthen-a-word",
     "virtual-inversion",
 )
 # Each of these reads what the one before it has written.
@@ -39,6 +43,7 @@ MEASURING = "measure-edit"
 WITHOUT_DOWNLOAD = (*EDITS, *KEEPING, *LOOKING, MEASURING)
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 TITLE_HEIGHT = 30
+MUTED = 2
 COMPARER = {"__value__": ["", ""]}  # a slider that no workflow keeps; wrapped, for a list would be a link
 
 Node = dict[str, Any]
@@ -61,7 +66,7 @@ def to_api(workflow: dict[str, Any], object_info: dict[str, dict[str, Any]]) -> 
     links = {link: [str(source), slot] for link, source, slot, *_ in workflow["links"]}
     prompt = {}
     for node in workflow["nodes"]:
-        if node["type"] == "MarkdownNote":
+        if node["type"] == "MarkdownNote" or node["mode"] == MUTED:
             continue
         info = object_info[node["type"]]
         linked = {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot["link"] is not None}

@@ -49,7 +49,7 @@ def archive() -> set[str]:
 
 
 def test_it_holds_what_users_need_and_nothing_else(archive: set[str]) -> None:
-    files = {"CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "pyproject.toml"}
+    files = {"CHANGELOG.md", "GUIDE.md", "LICENSE", "README.md", "__init__.py", "pyproject.toml"}
     code = {"attention", "demo", "guidance", "host", "inversion", "metrics", "nodes"}
     served = {"locales", "subgraphs", "web", "workflows"}
     assert files | code <= {Path(path).parts[0] for path in archive} <= files | code | served

@@ -16,6 +16,21 @@ READABLE = 8 / 14
 """The zoom below which the frontend draws no text: 8 pixels for its font of 14."""
 MOST_NODES = 16
 PACK_MODULE = "custom_nodes.palimpsest"
+PREVIEW = 220
+"""What the frontend's picture of a run adds to a node's height at most, below its widgets."""
+SAMPLING = (
+    "KSampler",
+    "PalimpsestDDIMInversion",
+    "PalimpsestEDICTInversion",
+    "PalimpsestEditFriendlyInversion",
+    "PalimpsestEditSampler",
+    "PalimpsestLocalBlend",
+    "PalimpsestNullTextInversion",
+    "PalimpsestOBELMInversion",
+    "PalimpsestRecordAttention",
+    "PalimpsestRecordTrajectory",
+    "SamplerCustomAdvanced",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -34,6 +49,15 @@ def test_layout_is_clean(name: str) -> None:
     assert workflow["groups"]
     assert overlaps(workflow["nodes"]) == []
     assert wires_behind_nodes(workflow) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_live_previews_cover_no_other_node(name: str) -> None:
+    nodes = ui_form(name)["nodes"]
+    for node in nodes:
+        if node["type"] in SAMPLING:
+            node["size"][1] += PREVIEW
+    assert overlaps(nodes) == []
 
 
 @pytest.mark.parametrize("name", NAMES)

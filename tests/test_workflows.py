@@ -18,7 +18,6 @@ from example_workflows import (
     LOOKING,
     MEASURING,
     NAMES,
-    WITHOUT_DOWNLOAD,
     api_form,
     to_api,
     ui_form,
@@ -123,7 +122,7 @@ def test_templates_are_served(server: HostServer) -> None:
         assert server.get_json(f"/api/workflow_templates/palimpsest/{name}.json") == ui_form(name)
 
 
-@pytest.mark.parametrize("name", WITHOUT_DOWNLOAD)
+@pytest.mark.parametrize("name", NAMES)
 def test_thumbnails_are_served(server: HostServer, name: str) -> None:
     thumbnail = Image.open(io.BytesIO(server.get(f"/api/workflow_templates/palimpsest/{name}.jpg")))
     assert thumbnail.format == "JPEG"

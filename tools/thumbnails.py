@@ -1,7 +1,8 @@
 """Makes the pictures of the example workflows anew, by running them: `python tools/thumbnails.py [WORKFLOW ...]`.
 
 Every workflow gets its thumbnail; the one that opens the README also a PNG that carries it, as the host's own do:
-dropped on the graph editor, it opens the workflow. COMFYUI_PATH names the host, such as `.dev/ComfyUI`.
+dropped on the graph editor, it opens the workflow. Those that need a download show what the same edit came to on a demo
+model, without its answer. COMFYUI_PATH names the host, such as `.dev/ComfyUI`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from example_workflows import FIRST, WITHOUT_DOWNLOAD, api_form, ui_form  # noqa
 from host_server import HostServer  # noqa: E402
 
 WIDTH = 600
+THE_SAME = {"edit-photo": FIRST, "flow-edit-photo": "flow-edit"}
+PANELS = 3
+"""In the thumbnail of an edit: source, edit and answer."""
 
 
 def main() -> None:
@@ -33,13 +37,23 @@ def main() -> None:
             if run.errors:
                 sys.exit(f"{name}: {run.errors}")
             pictures = [Image.open(io.BytesIO(server.view(image))) for image in run.images()]
-            row = beside(pictures)
-            row = row.resize((WIDTH, round(row.height * WIDTH / row.width)), Image.Resampling.LANCZOS)
-            path = PACK / "workflows" / f"{name}.jpg"
+            row = fitted(beside(pictures))
+            path = thumbnail(name)
             row.save(path, quality=90)
+            for other in (other for other, same in THE_SAME.items() if same == name):
+                without_answer = row.crop((0, 0, round(WIDTH * (PANELS - 1) / PANELS), row.height))
+                fitted(without_answer).save(thumbnail(other), quality=90)
             if name == FIRST:
                 row.save(PACK / "web" / "pictures" / f"{name}.png", pnginfo=carrying(name))
             print(f"{path} ({time.monotonic() - start:.0f} s)", flush=True)
+
+
+def thumbnail(name: str) -> Path:
+    return PACK / "workflows" / f"{name}.jpg"
+
+
+def fitted(row: Image.Image) -> Image.Image:
+    return row.resize((WIDTH, round(row.height * WIDTH / row.width)), Image.Resampling.LANCZOS)
 
 
 def carrying(name: str) -> PngInfo:
