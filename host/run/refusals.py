@@ -63,6 +63,16 @@ def check_unet(model: ModelPatcher, node: str) -> None:
         )
 
 
+def check_foreground(model: ModelPatcher) -> None:
+    """Raises ValueError where MasaCtrl cannot keep foreground and background of two images apart."""
+    if not is_unet(model):
+        kind = type(model.model.diffusion_model).__name__
+        raise ValueError(
+            f"This MODEL ({kind}) is no UNet, and MasaCtrl's source_mask and target_mask are for SD1.x, SD2.x and SDXL "
+            "alone: connect the mask of where to edit to mask."
+        )
+
+
 def check_readable(model: ModelPatcher, node: str) -> None:
     """Raises ValueError for models whose attention layers the edits do not reach."""
     network = model.model.diffusion_model
