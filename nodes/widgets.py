@@ -21,6 +21,12 @@ def fraction(name: str, default: float, tooltip: str, advanced: bool = False) ->
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip, advanced=advanced)
 
 
+def check_window(what: str, start: float, end: float, names: tuple[str, str] = ("start", "end")) -> None:
+    """Raises ValueError for a part of the run that is empty by the numbers of two widgets of those names."""
+    if start >= end:
+        raise ValueError(f"{what} is to end at {end:g} but starts at {start:g}: raise {names[1]}, or lower {names[0]}.")
+
+
 def seed_of(tooltip: str) -> io.Int.Input:
     """Of noise, or of what else is drawn at random; it stays as it is between runs."""
     return io.Int.Input(
@@ -108,13 +114,15 @@ def noise_and_sigmas_of(model: ModelPatcher, trajectory: Trajectory) -> tuple[di
     return {"samples": noise_latent(model, trajectory)}, trajectory.sigmas.clone()
 
 
-def spent(cost: Cost, trajectory: Trajectory) -> ui.PreviewText:
+def spent(cost: Cost, trajectory: Trajectory, warning: str | None = None) -> ui.PreviewText:
     """What a node's runs cost and how large what they made is, for the frontend to show under the node.
 
-    Also which sampler that was inverted for, where it is not the usual one.
+    Also which sampler that was inverted for, where it is not the usual one, and what there is to warn of.
     """
-    fit = "" if trajectory.sampler == EULER else f" Sampler: {trajectory.sampler}."
-    return ui.PreviewText(f"{cost.told}; trajectory {trajectory.bytes / 2**20:,.1f} MB.{fit}")
+    told = [f"{cost.told}; trajectory {trajectory.bytes / 2**20:,.1f} MB."]
+    if trajectory.sampler != EULER:
+        told.append(f"Sampler: {trajectory.sampler}.")
+    return ui.PreviewText(" ".join([*told, *filter(None, [warning])]))
 
 
 def drawn(mask: Tensor) -> Tensor:

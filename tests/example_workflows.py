@@ -29,6 +29,7 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "pix2pix-zero",
     "pnp-translate",
     "several-targets",
+    "uni-edit",
     "virtual-inversion",
 )
 # Each of these reads what the one before it has written.
