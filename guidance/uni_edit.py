@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-NODE = "Uni-Edit Guidance"
+NODE = "UniEdit Guidance"
 
 
 class UniEdit(NamedTuple):

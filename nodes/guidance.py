@@ -173,7 +173,7 @@ class UniEditGuidance(io.ComfyNode):
                 "to 0.8 with an empty prompt, and the source prompt as the sampler's negative. For Flux and other flow "
                 "models, and for SD1.5 and SDXL too."
             ),
-            search_aliases=["uni-edit", "uniedit", "uniedit-flow", "region guidance", "velocity fusion", "flux edit"],
+            search_aliases=["uni-edit", "uniedit-flow", "region guidance", "velocity fusion"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with, edited or not."),
                 fraction(

@@ -121,9 +121,9 @@ def test_beside_an_edit_and_another_guidance(tiny: Tiny) -> None:
 
 def test_refusals(tiny: Tiny) -> None:
     model = guided(tiny.model)
-    with pytest.raises(ValueError, match="Uni-Edit Guidance is a multiple of the sampler's guidance, but that is 0"):
+    with pytest.raises(ValueError, match="UniEdit Guidance is a multiple of the sampler's guidance, but that is 0"):
         tiny.sample(model, cfg=0.0)
-    with pytest.raises(ValueError, match="already carries a Uni-Edit Guidance: one is enough"):
+    with pytest.raises(ValueError, match="already carries a UniEdit Guidance: one is enough"):
         guided(model)
     with pytest.raises(ValueError, match=r"another node's guidance \(sampler_pre_cfg_function\), which bends the path"):
         invert(model, Guidance(tiny.source), tiny.image, tiny.sigmas)
@@ -134,7 +134,7 @@ def test_refusals(tiny: Tiny) -> None:
     dual.set_cfg(4.0, 2.0)
     for guider, sentence in (
         (basic, "compares the prompt with the negative one, of which this run has none: use CFGGuider"),
-        (dual, "Uni-Edit Guidance has no effect in the guider Guider_DualCFG"),
+        (dual, "UniEdit Guidance has no effect in the guider Guider_DualCFG"),
     ):
         with pytest.raises(ValueError, match=sentence):
             guider.sample(torch.zeros_like(tiny.noise), tiny.noise, euler, tiny.sigmas, disable_pbar=True, seed=0)
