@@ -4,6 +4,10 @@ Section 3.2, equation 6: from step S and attention layer L on, softmax(Q_target 
 target's self-attention. Section 3.3, equations 7 to 9: with masks of the foreground in both images, the foreground
 attends to the source's foreground and the background to its background. The union variant of the public code attends
 to both images' keys.
+
+KV-Edit (arXiv 2502.17363): with a mask of where to edit, keys and values outside it are the source's and those inside
+the target's own. There what is outside is not run at all; here Local Blend with the same mask puts it back, and what is
+inside sees the same, where all layers read so in all steps. The paper has it for flow transformers alone.
 """
 
 from __future__ import annotations
@@ -16,24 +20,35 @@ from torch.nn.functional import interpolate
 
 from ..host.layer import Block, Inputs, Layer, Part, Read
 
+OWN = 0.5  # the share of a position that the mask has to cover
+
 
 @dataclass(frozen=True)
 class MasaCtrl:
     """layers: (block, index) of the self-attention layers to replace. start: fraction of the schedule of step S.
 
     union: keys of both images. masks: of the foreground in source and target, [h, w] in 0..1 each, or None.
+    mask: where keys and values stay the target's own, [1 or b, h, w] in 0..1, or None for nowhere; alone, without union
+    or masks. frames: how many stand below each other in a layer, each with the same mask.
     """
 
     layers: frozenset[tuple[Block, int]]
     start: float
     union: bool
     masks: tuple[Tensor, Tensor] | None
+    mask: Tensor | None = None
+    frames: int = 1
 
     def check(self, positive: Tensor, batch: int) -> None:
-        """Any target will do: the method knows no words."""
+        """Any target will do, as the method knows no words, but its images have to be as many as the masks."""
+        if self.mask is not None and len(self.mask) not in (1, batch):
+            raise ValueError(
+                f"MasaCtrl has {len(self.mask)} masks for {batch} images: connect one mask, or one for each image."
+            )
 
     def at(self, fraction: float) -> MasaCtrl | None:
-        return self if fraction >= self.start else None
+        everything_own = self.mask is not None and bool((self.mask > OWN).all())
+        return None if fraction < self.start or everything_own else self
 
     node = "MasaCtrl"
     everyone = True
@@ -45,6 +60,9 @@ class MasaCtrl:
 
     def read(self, layer: Layer, source: Inputs, target: Inputs) -> tuple[Read, ...]:
         key, value = source.key, source.value
+        if self.mask is not None:
+            own = self._own(layer)
+            key, value = _chosen(own, target.key, key), _chosen(own, target.value, value)
         if self.masks is None:
             if self.union:
                 key, value = torch.cat([key, target.key], 1), torch.cat([value, target.value], 1)
@@ -60,6 +78,16 @@ class MasaCtrl:
             if weight.any()
         )
         return (read._replace(parts=parts),)
+
+    def _own(self, layer: Layer) -> Tensor:
+        """[1 or b, positions], True where the target reads itself"""
+        size = layer.height // self.frames, layer.width
+        return (interpolate(self.mask[:, None], size, mode="area") > OWN).flatten(1).repeat(1, self.frames)
+
+
+def _chosen(own: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """[b, positions, ...]: `one` where own [1 or b, positions] is True, `other` elsewhere."""
+    return torch.where(own.to(one.device).view(*own.shape, *[1] * (one.ndim - 2)), one, other)
 
 
 def _resized(mask: Tensor, layer: Layer) -> Tensor:

@@ -48,6 +48,11 @@ def windows(text: str, edit: PromptEdit, start: float, end: float) -> Tensor:
                 f"word_schedule of P2P Attention Controller has {quoted(where)}, but a schedule is one end or "
                 f"start-end, fractions from 0 to 1: write for example {WINDOW}."
             )
+        if len(ends) == 2 and ends[0] >= ends[1]:
+            raise ValueError(
+                f"word_schedule of P2P Attention Controller has {quoted(where)}, which is to end at {ends[1]:g} but "
+                f"starts at {ends[0]:g}: write for example {WINDOW}."
+            )
         window = torch.tensor([0.0, *ends] if len(ends) == 1 else ends, dtype=torch.float64)
         _set(table, phrase, edit, "word_schedule", window[:, None])
     return table

@@ -34,7 +34,10 @@ class Proximal(NamedTuple):
     start: float
     towards: str
 
-    def shrunk(self, difference: Tensor) -> Tensor:
+    node = "Proximal Guidance"
+    needs_negative = False  # at cfg 1 there is no difference to shrink
+
+    def guided(self, difference: Tensor, cfg: float) -> Tensor:
         """[b, c, h, w], less each image's threshold. Of eps or of denoised estimates, which are proportional."""
         return difference.sign() * (difference.abs() - self._threshold(difference)).clamp_min(0)
 

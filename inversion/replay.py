@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..host.branch.source import with_state
 from ..host.files.trajectory import Trajectory
-from ..host.run.refusals import check_replay
+from ..host.run.model import check_noise_predicted
+from ..host.run.refusals import check_replay, check_timesteps
 from ..host.run.sampler import OwnSampler, Run
 from . import edict, obelm
 from .ddim import first_noise
@@ -85,6 +86,8 @@ def invert_turbo_edit(
 
     source: the prompt that says what the image shows. Raises ValueError for models and latents that cannot be inverted.
     """
+    check_noise_predicted(model, EDIT_FRIENDLY)
+    check_timesteps(model, "TurboEdit")
     shifted = levels(model.get_model_object("model_sampling").sigmas.cpu(), steps)
     walk = EditFriendlyWalk(1.0, lambda image, _: shifted_states(image, shifted, seed))
     trajectory = _walked(model, Guidance(source), samples, shifted.labels, walk)

@@ -38,6 +38,7 @@ from ..host.run.refusals import (
     check_same_model,
     check_unguided,
     check_unmixed,
+    check_width,
 )
 from ..host.run.sampler import OwnSampler, Run
 from .ddim import first_noise, leading_sigmas, step_up
@@ -207,6 +208,9 @@ def check_inversion(node: str, model: ModelPatcher, guidance: Guidance, samples:
     check_every_call(model, node)
     check_unguided(model)
     check_latent(model, samples)
+    check_width(model, guidance.positive, f"The source prompt of {node}")
+    if guidance.negative is not None:
+        check_width(model, guidance.negative, f"The negative prompt of {node}")
     if guidance.cfg != 1 and guidance.negative is None:
         raise ValueError(f"{node} at cfg {guidance.cfg:g} needs the negative input: connect it, or set cfg to 1.")
 

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from ..guidance.concepts import NODE, Concept
 from ..host.branch.concepts import attach_concept
 from ..host.run.tokens import prompt_words
-from .widgets import fraction
+from .widgets import check_window, fraction
 
 
 class ConceptGuidance(io.ComfyNode):
@@ -57,8 +57,7 @@ class ConceptGuidance(io.ComfyNode):
         words = prompt_words(clip, concept, "concept", NODE)
         if not words.texts:
             raise ValueError(f"The concept of {NODE} is empty: type what to add or to take away.")
-        if start >= end:
-            raise ValueError(f"{NODE} is to end at {end:g} but starts at {start:g}: raise end, or lower start.")
+        check_window(NODE, start, end)
         columns = torch.zeros(words.length)
         columns[[token for tokens in words.tokens for token in tokens]] = 1
         own, empty = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (concept, ""))

@@ -63,6 +63,7 @@ NODES: list[type[io.ComfyNode]] = [
     guidance.NegativePromptGuidance,
     guidance.NegativePromptGuider,
     guidance.ProximalGuidance,
+    guidance.UniEditGuidance,
     pull.ImagePullNode,
     concepts.ConceptGuidance,
     store.RecordAttention,

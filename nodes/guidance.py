@@ -1,4 +1,4 @@
-"""Nodes that change how predictions are combined: negative prompts and proximal guidance."""
+"""Nodes that change how predictions are combined: negative prompts, proximal guidance, and Uni-Edit's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from comfy_api.latest import io
 
 from ..guidance.negative_prompt import NPI, PRESETS, SCHEDULES, Mixture
 from ..guidance.proximal import INVERSION, PULLS, Proximal
+from ..guidance.uni_edit import NODE as UNI_EDIT
+from ..guidance.uni_edit import UniEdit
 from ..host.branch.guided import attach_rule
 from ..host.branch.negatives import attach_mixture
 from ..host.files.trajectory import Trajectory
@@ -156,3 +158,36 @@ class ProximalGuidance(io.ComfyNode):
         if quantile == 0:
             return io.NodeOutput(model)
         return io.NodeOutput(attach_rule(model, Proximal(quantile, pull, pull_start, pull_to), trajectory))
+
+
+class UniEditGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PalimpsestUniEditGuidance",
+            display_name=UNI_EDIT,
+            category="Palimpsest/guide",
+            description=(
+                "Uni-Edit: guides most where the new prompt and the source prompt see different things, and least "
+                "where they agree, so that the rest of the image stays. Made for DDIM Inversion at a strength of 0.6 "
+                "to 0.8 with an empty prompt, and the source prompt as the sampler's negative. For Flux and other flow "
+                "models, and for SD1.5 and SDXL too."
+            ),
+            search_aliases=["uni-edit", "uniedit-flow", "region guidance", "velocity fusion"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to sample with, edited or not."),
+                fraction(
+                    "amount",
+                    1.0,
+                    "How much more guidance there is where the prompts differ more. 0 is plain guidance at the "
+                    "sampler's cfg; 1 is Uni-Edit, whose omega that cfg is: 5.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model", tooltip="The model for any sampler with the source prompt as its negative.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, amount) -> io.NodeOutput:
+        return io.NodeOutput(attach_rule(model, UniEdit(amount)) if amount else model)

@@ -13,7 +13,7 @@ from ..host.branch.blocks import last_layers, layers_in, layout_blocks, parse_bl
 from ..host.branch.source import attach
 from ..host.files.trajectory import Trajectory
 from ..host.run.model import is_unet
-from ..host.run.refusals import check_readable, check_unet
+from ..host.run.refusals import check_foreground, check_readable, check_unet
 from ..host.unet.tree import blocks_with
 from . import sockets
 from .widgets import drawn, fraction
@@ -148,6 +148,9 @@ class MasaCtrlNode(io.ComfyNode):
                 "pose edit",
                 "stable flow",
                 "kv injection",
+                "kv-edit",
+                "inpaint",
+                "keep background",
             ],
             inputs=[
                 io.Model.Input(
@@ -192,6 +195,14 @@ class MasaCtrlNode(io.ComfyNode):
                         "34-37 in Flux, block 3 in SD3, output 5 in a UNet. vital: Stable Flow's choice for Flux.1."
                     ),
                 ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "Where to edit, in any size (KV-Edit): inside it the content is the target's own, outside the "
+                        "source's. Local Blend with the same mask keeps the rest exactly."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output("model", tooltip="The model whose samples take their content from the source.")],
         )
@@ -208,18 +219,25 @@ class MasaCtrlNode(io.ComfyNode):
         target_mask=None,
         attention_store=None,
         blocks="",
+        mask=None,
     ) -> io.NodeOutput:
         check_readable(model, MasaCtrl.node)
         masks = None
         if source_mask is not None or target_mask is not None:
-            check_unet(model, "MasaCtrl with masks")
+            check_foreground(model)
             masks = _foreground(source_mask, target_mask, trajectory, union)
+        if mask is not None and (union or masks is not None):
+            raise ValueError(
+                "MasaCtrl's mask says by itself where the target reads the source and where its own: "
+                + ("switch union off." if union else "disconnect source_mask and target_mask, or mask.")
+            )
         network = model.model.diffusion_model
         if blocks.strip():
             layers = layers_in(network, blocks, "blocks of MasaCtrl")
         else:
             layers = last_layers(network, first_layer)
-        edit = MasaCtrl(layers, start, union, masks)
+        frames = trajectory.states.shape[3] if trajectory.states.ndim == 6 else 1
+        edit = MasaCtrl(layers, start, union, masks, None if mask is None else drawn(mask), frames)
         return io.NodeOutput(attach(model, trajectory, edit, attention_store))
 
 

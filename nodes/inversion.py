@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..host.files.trajectory import DPMPP_2M, EULER
 from ..host.run.cost import metered
-from ..host.run.model import noise_latent
+from ..host.run.model import noise_latent, told_distilled
 from ..host.run.refusals import check_no_mask
 from ..inversion.run import UNI_INV, Guidance, Refinement, ddim_sigmas, invert, record
 from . import sockets
@@ -128,6 +128,19 @@ class DDIMInversion(io.ComfyNode):
                         "by itself, elsewhere choose the sampler dpmpp_2m."
                     ),
                 ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "How much of the schedule is inverted, and so run by the edit. Less costs less and keeps more; "
+                        "Uni-Edit has 0.6 to 0.8."
+                    ),
+                ),
             ],
             hidden=HIDDEN,
             outputs=[
@@ -152,6 +165,7 @@ class DDIMInversion(io.ComfyNode):
         kl=0.0,
         vae=None,
         solver=DDIM,
+        strength=1.0,
     ) -> io.NodeOutput:
         samples = latent_of(image, vae, "DDIM Inversion")
         if schedule == LEADING:
@@ -159,10 +173,15 @@ class DDIMInversion(io.ComfyNode):
         else:
             model_sampling = model.get_model_object("model_sampling")
             sigmas = comfy.samplers.calculate_sigmas(model_sampling, schedule, steps).cpu()
+        run = round(strength * (len(sigmas) - 1))
+        if run == 0:
+            raise ValueError(f"DDIM Inversion runs none of {steps} steps at strength {strength:g}: raise strength.")
+        sigmas = sigmas[-run - 1 :]
         refinement = Refinement(iterations, average, autocorrelation, kl)
         model, cost = metered(model)
         trajectory = invert(model, Guidance(source, negative, cfg), samples, sigmas, refinement, SOLVERS[solver])
-        return tell(cls, trajectory, *noise_and_sigmas_of(model, trajectory), ui=spent(cost, trajectory, model))
+        shown = spent(cost, trajectory, model, told_distilled(model))
+        return tell(cls, trajectory, *noise_and_sigmas_of(model, trajectory), ui=shown)
 
 
 class RecordTrajectory(io.ComfyNode):

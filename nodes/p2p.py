@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 from comfy_api.latest import io
 
 from ..attention.editing import prompt_to_prompt
 from ..attention.p2p import PRESETS, Settings, Window
 from . import sockets
-from .widgets import fraction
+from .widgets import check_window, fraction
 
 CUSTOM = "custom"
 
@@ -127,8 +129,10 @@ class P2PAttentionController(io.ComfyNode):
         self_max_side,
         attention_store=None,
     ) -> io.NodeOutput:
-        settings = PRESETS.get(preset) or Settings(
-            Window(cross_replace_start, cross_replace), Window(self_replace_start, self_replace), self_max_side
-        )
+        cross, self_ = Window(cross_replace_start, cross_replace), Window(self_replace_start, self_replace)
+        for name, window in (("cross_replace", cross), ("self_replace", self_)):
+            if preset == CUSTOM and window.end > 0:  # at 0 it is off
+                check_window(f"{name} of P2P Attention Controller", *astuple(window), (f"{name}_start", name))
+        settings = PRESETS.get(preset) or Settings(cross, self_, self_max_side)
         edited = prompt_to_prompt(model, trajectory, prompt_edit, settings, reweight, word_schedule, attention_store)
         return io.NodeOutput(edited)

@@ -10,7 +10,7 @@ from ..host.files.trajectory import Trajectory
 from ..host.run.model import fitting
 from ..host.run.refusals import check_latent, check_same_model
 from . import sockets
-from .widgets import encoder, fraction, latent_of
+from .widgets import check_window, encoder, fraction, latent_of
 
 NODE = "Image Pull"
 
@@ -58,4 +58,5 @@ class ImagePullNode(io.ComfyNode):
             target = model.model.process_latent_in(samples)
         if eta == 0:
             return io.NodeOutput(model)
+        check_window(NODE, start, end)
         return io.NodeOutput(attach_pull(model, target.clone(), ImagePull(eta, start, end, decay)))

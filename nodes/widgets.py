@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..host.files.trajectory import EULER, Trajectory
 from ..host.run.cost import Cost
-from ..host.run.model import noise_latent, told_distilled
+from ..host.run.model import noise_latent, told_many_steps
 from ..host.run.refusals import check_no_mask
 from . import files
 
@@ -21,6 +21,12 @@ GREY_LEVEL = 1 / 255
 def fraction(name: str, default: float, tooltip: str, advanced: bool = False) -> io.Float.Input:
     """A number from 0 to 1."""
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip, advanced=advanced)
+
+
+def check_window(what: str, start: float, end: float, names: tuple[str, str] = ("start", "end")) -> None:
+    """Raises ValueError for a part of the run that is empty by the numbers of two widgets of those names."""
+    if start >= end:
+        raise ValueError(f"{what} is to end at {end:g} but starts at {start:g}: raise {names[1]}, or lower {names[0]}.")
 
 
 def seed_of(tooltip: str) -> io.Int.Input:
@@ -110,17 +116,17 @@ def noise_and_sigmas_of(model: ModelPatcher, trajectory: Trajectory) -> tuple[di
     return {"samples": noise_latent(model, trajectory)}, trajectory.sigmas.clone()
 
 
-def spent(cost: Cost, trajectory: Trajectory, model: ModelPatcher) -> ui.PreviewText:
+def spent(cost: Cost, trajectory: Trajectory, model: ModelPatcher, warning: str | None = None) -> ui.PreviewText:
     """What a node's runs cost and how large what they made is, for the frontend to show under the node.
 
-    Also which sampler that was inverted for, where it is not the usual one, and what does not fit a distilled model.
+    Also which sampler that was inverted for, where it is not the usual one, and what there is to warn of.
     """
     told = [f"{cost.told}; trajectory {trajectory.bytes / 2**20:,.1f} MB."]
     if trajectory.sampler != EULER:
         told.append(f"Sampler: {trajectory.sampler}.")
-    if many := told_distilled(model, trajectory.steps):
-        logging.warning(f"Palimpsest: {many}")
-        told.append(many)
+    for told_too in filter(None, (warning, told_many_steps(model, trajectory.steps))):
+        logging.warning(f"Palimpsest: {told_too}")
+        told.append(told_too)
     return ui.PreviewText(" ".join(told))
 
 

@@ -34,6 +34,7 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "pnp-translate",
     "several-targets",
     "strengthen-a-word",
+    "uni-edit",
     "virtual-inversion",
 )
 # Each of these reads what the one before it has written.

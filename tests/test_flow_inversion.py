@@ -20,7 +20,7 @@ from palimpsest.nodes.inversion import DDIMInversion, RecordTrajectory
 from palimpsest.nodes.null_text import NullTextInversion
 from reference import in_float64
 from test_flow_edit import CFG, SEED, STEPS, Denoise, Parts, close, every_flow
-from tiny import Tiny, execute
+from tiny import Tiny, execute, run
 
 
 def inverted(parts: Parts, iterations: int = 0) -> Trajectory:
@@ -145,6 +145,44 @@ def test_a_picture_for_a_model_of_videos() -> None:
     parts = Parts(FLOWS["Qwen-Image"])
     flat = invert(parts.model, Guidance(parts.source), parts.image[:, :, 0], parts.sigmas)
     assert torch.equal(flat.states, inverted(parts).states)
+
+
+@pytest.mark.parametrize(("name", "warned"), [("Flux", True), ("Flux dev", False), ("Chroma", False), ("SD3", False)])
+def test_a_warning_of_models_distilled_to_few_steps(name: str, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Under the node and in the log, of the configuration that schnell has; the inversion is as ever."""
+    parts = Parts(FLOWS[name])
+    inputs = {"model": parts.model, "source": parts.source, "image": {"samples": parts.image}, "steps": STEPS}
+    output = run(DDIMInversion, **inputs)
+    sentence = "This MODEL is of FLUX.1 schnell's kind: where its checkpoint is distilled to a few steps"
+    (told,) = output.ui.as_dict()["text"]
+    assert (sentence in told) == (sentence in caplog.text) == warned
+    assert told.endswith("edit it by Flow Edit instead." if warned else "MB.")
+    assert torch.equal(output.result[0].states, inverted(parts).states)
+
+
+@every_flow
+def test_embeddings_of_another_width_are_refused(flow: Flow) -> None:
+    """A prompt of another model's CLIP, before anything runs."""
+    parts = Parts(flow)
+    inputs = {"model": parts.model, "image": {"samples": parts.image}, "steps": STEPS, "cfg": 2.0}
+    [[embedding, values]] = parts.negative
+    other = [[embedding[..., :-1], values]]
+    kind = type(parts.model.model).__name__
+    for prompts, name in (((other, parts.negative), "source"), ((parts.source, other), "negative")):
+        with pytest.raises(
+            ValueError,
+            match=rf"The {name} prompt of DDIM Inversion has embeddings of 31 channels but this MODEL \({kind}\) takes "
+            "32: connect the CLIP that belongs to the MODEL to Prompt Edit or CLIP Text Encode",
+        ):
+            execute(DDIMInversion, **inputs, source=prompts[0], negative=prompts[1])
+
+
+def test_embeddings_of_another_width_are_refused_on_unets(tiny: Tiny) -> None:
+    other = [[tiny.source[0][0][..., 1:], {}]]
+    for node in (DDIMInversion, EDICTInversion):
+        name = node.GET_SCHEMA().display_name
+        with pytest.raises(ValueError, match=rf"source prompt of {name} has embeddings of 63 channels but .* takes 64"):
+            execute(node, model=tiny.model, source=other, image={"samples": tiny.image}, cfg=1.0)
 
 
 @pytest.mark.parametrize("node", [EDICTInversion, EditFriendlyInversion, OBELMInversion])

@@ -20,6 +20,7 @@ from palimpsest.host.run.cost import metered
 from palimpsest.host.run.sampler import OwnSampler, Run
 from palimpsest.inversion.flow_edit import edit_trajectory
 from palimpsest.inversion.run import Guidance, invert, resample
+from palimpsest.inversion.virtual import invert_virtually
 from palimpsest.nodes.blend import LocalBlendNode
 from palimpsest.nodes.cross_attention import CrossAttentionGuidanceNode
 from palimpsest.nodes.inject import MasaCtrlNode, PnPFeatureInjector
@@ -69,6 +70,7 @@ class PairLoop(OwnSampler):
     """Euler with each prompt in a call of its own; from the source's it keeps what the others' layers take.
 
     union: whether that stands beside their own. residual: whether what the source's own step lacks is added.
+    own: [image tokens], True where they keep their own; None for nowhere.
     """
 
     def __init__(
@@ -79,9 +81,10 @@ class PairLoop(OwnSampler):
         taken: tuple[int, ...],
         union: bool = False,
         residual: bool = False,
+        own: Tensor | None = None,
     ) -> None:
         self.flow, self.trajectory, self.layers, self.taken = flow, trajectory, layers, taken
-        self.union, self.residual = union, residual
+        self.union, self.residual, self.own = union, residual, own
 
     def walk(self, run: Run) -> Tensor:
         model, flow = run.guider.inner_model, self.flow
@@ -98,7 +101,11 @@ class PairLoop(OwnSampler):
                         if self.union:
                             tensors[at] = torch.cat([tensors[at], kept[block][at]], 2 if flow.split else 1)
                         else:
-                            image_of(flow, tensors[at]).copy_(kept[block][at])
+                            image, new = image_of(flow, tensors[at]), kept[block][at]
+                            if self.own is not None:
+                                shape = [-1 if dim == (2 if flow.split else 1) else 1 for dim in range(image.ndim)]
+                                new = torch.where(self.own.view(shape), image, new)
+                            image.copy_(new)
 
             def estimate(prompt: str, state: Tensor, change: Callable, sigma: float = sigma) -> Tensor:
                 options = run.model_options["transformer_options"]
@@ -118,7 +125,7 @@ class PairLoop(OwnSampler):
 
 
 def pair(
-    parts: Parts, flow: Flow, trajectory: Trajectory, layers: list[int], taken: tuple[int, ...], **kinds: bool
+    parts: Parts, flow: Flow, trajectory: Trajectory, layers: list[int], taken: tuple[int, ...], **kinds
 ) -> Tensor:
     guider = comfy.samplers.CFGGuider(parts.model)
     guider.inner_set_conds({"positive": parts.target, "negative": parts.negative, "source": parts.source})
@@ -206,6 +213,76 @@ def test_union_attends_to_both_images(name: str) -> None:
     layers = list(range(len(blocks_of(parts.model.model.diffusion_model, flow))))[1:]
     assert close(ours, pair(parts, flow, trajectory, layers, KV, union=True), 1e-4)
     assert not close(ours, pair(parts, flow, trajectory, layers, KV), 1e-3)
+
+
+def drawn_mask(flow: Flow) -> tuple[Tensor, Tensor]:
+    """A mask four times as large as the latent, and the tokens [n] that it covers: the first row but its last one."""
+    height, width = flow.latent[-2:]
+    side = 1 if flow.name == "Flux.2" else 2
+    tokens = torch.zeros(height // side, width // side, dtype=torch.bool)
+    tokens[0, :-1] = True
+    mask = tokens.float().repeat_interleave(4 * side, 0).repeat_interleave(4 * side, 1)
+    return mask[None], tokens.flatten().repeat(flow.latent[2] if len(flow.latent) == 5 else 1)
+
+
+@every_flow
+def test_a_mask_of_what_stays_the_targets_own(flow: Flow) -> None:
+    """KV-Edit: keys and values outside it are the source's; in a video in every frame. All or none of it is known."""
+    parts, trajectory = setting(flow)
+    guidance = Guidance(parts.target, parts.negative, CFG)
+    mask, own = drawn_mask(flow)
+
+    def edited(**inputs) -> Tensor:
+        (model,) = execute(MasaCtrlNode, model=parts.model, trajectory=trajectory, start=0.0, first_layer=1, **inputs)
+        return resample(model, trajectory, guidance)
+
+    layers = list(range(len(blocks_of(parts.model.model.diffusion_model, flow))))[1:]
+    ours, everything = edited(mask=mask), edited()
+    assert close(ours, pair(parts, flow, trajectory, layers, KV, own=own), 1e-4)
+    assert not close(ours, everything, 1e-3)
+    assert torch.equal(edited(mask=torch.zeros_like(mask)), everything)
+    assert torch.equal(edited(mask=torch.ones_like(mask)), resample(parts.model, trajectory, guidance))
+
+
+# In the others some attention of the image is none of the main blocks' first: refiners, and SD3.5 medium's second one.
+@pytest.mark.parametrize("name", ["Flux", "Flux.2", "Chroma", "SD3", "Qwen-Image", "Wan", "HiDream"])
+def test_kv_edit_sees_nothing_of_the_target_outside_its_mask(name: str) -> None:
+    """Read in all layers and steps, what is inside is the same whether or not the rest is put back: as in the paper,
+    where only what is inside is run. Outside stands exactly the image.
+    """
+    flow = FLOWS[name]
+    parts, trajectory = setting(flow)
+    guidance, inputs = Guidance(parts.target, parts.negative, CFG), {"trajectory": trajectory, "start": 0.0}
+    mask, _ = drawn_mask(flow)
+    (alone,) = execute(MasaCtrlNode, model=parts.model, **inputs, first_layer=0, mask=mask)
+    (both,) = execute(LocalBlendNode, model=alone, **inputs, mask=mask)
+    free, kept = resample(alone, trajectory, guidance), resample(both, trajectory, guidance)
+    size = flow.latent[-2:]
+    inside = torch.nn.functional.interpolate(mask[None], size, mode="area")[0, 0].bool().expand(free.shape)
+    source = parts.model.model.process_latent_out(trajectory.states[-1])
+    assert torch.equal(kept[~inside], source[~inside])
+    assert close(kept[inside], free[inside], 1e-4)
+    assert not close(free[~inside], source[~inside], 0.05)
+    assert not close(kept[inside], source[inside], 0.05)
+
+
+@pytest.mark.parametrize("name", ["Flux", "Wan"])
+def test_kv_edit_without_inversion(name: str) -> None:
+    """Beside Flow Edit and with the mask as the latent's own, the image outside it is kept to the last bit."""
+    flow = FLOWS[name]
+    parts = Parts(flow)
+    mask, _ = drawn_mask(flow)
+    noise_mask = torch.nn.functional.interpolate(mask[None], flow.latent[-2:], mode="area")
+    model, trajectory = invert_virtually(
+        parts.model, parts.source, parts.image, parts.sigmas, fresh=True, mask=noise_mask
+    )
+    (edited,) = execute(MasaCtrlNode, model=model, trajectory=trajectory, start=0.0, first_layer=0, mask=mask)
+    guidance = Guidance(parts.target, parts.negative, CFG)
+    result = resample(edited, trajectory, guidance)
+    inside = noise_mask[0, 0].bool().expand(result.shape)
+    assert torch.equal(result[~inside], parts.image[~inside])
+    assert not close(result[inside], resample(model, trajectory, guidance)[inside], 1e-3)
+    assert not close(result[inside], parts.image[inside], 0.05)
 
 
 def test_keys_of_a_prompt_of_another_length_are_turned() -> None:
@@ -323,8 +400,13 @@ def test_refusals() -> None:
             ValueError, match=rf"P2P Attention Controller cannot tell words in .* MODEL \({kind}\): use"
         ):
             execute(P2PAttentionController, model=model, trajectory=trajectory, prompt_edit=None)
-    with pytest.raises(ValueError, match="is no UNet, but MasaCtrl with masks reads"):
+    with pytest.raises(ValueError, match=r"\(Flux\) is no UNet, and MasaCtrl's source_mask .* alone: connect the mask"):
         execute(MasaCtrlNode, **inputs, source_mask=mask, target_mask=mask)
+    with pytest.raises(ValueError, match="MasaCtrl's mask says by itself where .* own: switch union off"):
+        execute(MasaCtrlNode, **inputs, mask=mask, union=True)
+    (several,) = execute(MasaCtrlNode, **inputs, mask=mask.repeat(3, 1, 1))
+    with pytest.raises(ValueError, match="MasaCtrl has 3 masks for 1 images: connect one mask, or one for each image"):
+        resample(several, trajectory, Guidance(parts.target))
     with pytest.raises(ValueError, match="is no UNet, but feature_blocks of PnP Feature Injector reads"):
         execute(PnPFeatureInjector, **inputs, feature_blocks="output 4")
     with pytest.raises(ValueError, match="is no UNet, but Record Attention reads"):

@@ -39,6 +39,7 @@ from tiny import execute
 
 WORDED = ["Flux", "Chroma", "SD3", "SD3.5 medium", "Qwen-Image", "Lumina2", "Z-Image"]
 ALWAYS = Window(0, 1)
+POSITIONS = 16  # of their images
 
 # --- the formula -----------------------------------------------------------------------------------------------------
 
@@ -186,7 +187,7 @@ def written_out(
             return func(q, k, v, heads, *args, **kwargs)
         tensors = [t if flow.split else t.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
         start = tensors[0].shape[2] - flow.image
-        rows = Rows(*tensors, words, slice(start, start + flow.latent[-1] * flow.latent[-2] // 4))
+        rows = Rows(*tensors, words, slice(start, start + POSITIONS))
         return attend(now.pop(), rows).transpose(1, 2).flatten(2)
 
     with ExitStack() as stack:
@@ -277,6 +278,16 @@ def test_equals_a_plain_loop(name: str, kind: str) -> None:
         assert not close(result, other, 1e-3)
     assert torch.equal(resample(parts.model, trajectory, guidance), before)
     assert not any(module._forward_pre_hooks for module in parts.model.model.diffusion_model.modules())
+
+
+def test_equals_a_plain_loop_where_prompts_are_padded_behind() -> None:
+    """As Flux.2 klein's text encoder gives them, of 512 tokens; shorter ones the model would pad before."""
+    flow = FLOWS["Flux.2"]
+    parts, trajectory = setting(replace(flow, prompt=lambda seed, _: flow.prompt(seed, 512)))
+    edit = published("reweight o replace", STEPS, 512, 512)
+    result = resample(edited(parts, trajectory, edit), trajectory, Guidance(parts.target, parts.negative, CFG))
+    assert close(result, written_plainly(parts, Loop(flow, trajectory, edit, 0)), 1e-4)
+    assert not close(result, resample(parts.model, trajectory, Guidance(parts.target, parts.negative, CFG)), 1e-3)
 
 
 @pytest.mark.parametrize("name", WORDED)

@@ -31,7 +31,7 @@ import palimpsest.inversion.edit_friendly, palimpsest.inversion.turbo_edit, pali
 import palimpsest.inversion.dpm_solver, palimpsest.inversion.obelm, palimpsest.inversion.uni_inv
 import palimpsest.guidance.negative_prompt, palimpsest.guidance.proximal, palimpsest.guidance.cross_attention
 import palimpsest.guidance.direction, palimpsest.guidance.sentences, palimpsest.guidance.rf_inversion
-import palimpsest.guidance.concepts
+import palimpsest.guidance.concepts, palimpsest.guidance.uni_edit, palimpsest.attention.masactrl
 hosts = sorted(name for name in sys.modules if name.split(".")[0] in ("comfy", "comfy_api", "nodes", "server"))
 assert not hosts, hosts
 """

@@ -44,6 +44,10 @@ def masactrl(tiny: Tiny, first: int = 3, start: float = 0.2, union: bool = False
     return MasaCtrl(layers_from(tiny, first), start, union, masks)
 
 
+def kv_edit(tiny: Tiny, mask: Tensor) -> MasaCtrl:
+    return MasaCtrl(layers_from(tiny, 0), 0.2, False, None, mask)
+
+
 def classic_pnp(tiny: Tiny, edit: PlugAndPlay) -> Tensor:
     """Equations 5 and 6: f and A of the source for the first steps, for the target's two rows alike."""
     kept = {}
@@ -64,8 +68,8 @@ def classic_pnp(tiny: Tiny, edit: PlugAndPlay) -> Tensor:
     return classic_run(tiny, 4.0, attend, feature)
 
 
-def classic_masactrl(tiny: Tiny, first: int, start: int, union: bool = False, masks=None) -> Tensor:
-    """Equations 6 to 9, and the public code's union variant."""
+def classic_masactrl(tiny: Tiny, first: int, start: int, union: bool = False, masks=None, mask=None) -> Tensor:
+    """Equations 6 to 9, and the public code's union variant; KV-Edit's mask."""
     kept = {}
     layers = {(*block, index) for block, index in layers_from(tiny, first)}
 
@@ -75,6 +79,10 @@ def classic_masactrl(tiny: Tiny, first: int, start: int, union: bool = False, ma
             kept[place] = k, v
         elif kind == "self" and tuple(where) in layers and step >= start:
             of_source, values = kept[place]
+            if mask is not None:
+                side = int(q.shape[2] ** 0.5)
+                own = mask.reshape(side, 8 // side, side, 8 // side).mean((1, 3)).flatten()[:, None] > 0.5
+                return explicit(q, torch.where(own, k, of_source)) @ torch.where(own, v, values)
             if union:
                 return explicit(q, torch.cat([of_source, k], 2)) @ torch.cat([values, v], 2)
             if masks is None:
@@ -141,6 +149,17 @@ def test_masactrl_equals_its_equations(
     edit = masactrl(tiny, 3, 0.2, union, masks)
     theirs = classic_masactrl(tiny, 3, 1, union, masks)
     assert close(tiny, tiny.sample(attach(tiny.model, tiny.trajectory, edit)), theirs)
+
+
+@pytest.mark.parametrize("mask", [MASKS[1], DISK, rectangle(slice(3, 4), slice(5, 6)), rectangle(ALL, ALL, 0.0)])
+@pytest.mark.parametrize("no_memory", [False, True])
+def test_kv_edits_mask_equals_its_formula(
+    tiny: Tiny, mask: Tensor, no_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if no_memory:
+        split(monkeypatch, tiny)
+    ours = tiny.sample(attach(tiny.model, tiny.trajectory, kv_edit(tiny, mask[None])))
+    assert close(tiny, ours, classic_masactrl(tiny, 0, 1, mask=mask))
 
 
 @pytest.mark.parametrize("name", MASKED)
@@ -210,9 +229,35 @@ def test_masks_leave_self_attention_guidance_its_map(tiny: Tiny) -> None:
     assert not torch.allclose(guided, tiny.sample(model), rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "others",
+    [
+        lambda model: TomePatchModel.execute(model, 0.5)[0],
+        lambda model: HyperTile.execute(model, 32, 1, 0, False)[0],
+    ],
+)
+def test_kv_edits_mask_beside_who_moves_queries(tiny: Tiny, others) -> None:
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :4] = 1
+    results = [tiny.sample(others(attach(tiny.model, tiny.trajectory, kv_edit(tiny, m)))) for m in (mask, 0 * mask)]
+    assert torch.isfinite(results[0]).all()
+    assert not torch.allclose(*results, rtol=1e-3)
+
+
+def test_each_image_has_its_own_mask(tiny: Tiny) -> None:
+    """One row of the source serves both."""
+    masks = torch.zeros(2, 8, 8)
+    masks[0, :4] = masks[1, :, 4:] = 1
+    both = tiny.sample(attach(tiny.model, tiny.trajectory, kv_edit(tiny, masks)), noise=tiny.noise.repeat(2, 1, 1, 1))
+    for result, mask in zip(both.split(1), masks.split(1), strict=True):
+        alone = tiny.sample(attach(tiny.model, tiny.trajectory, kv_edit(tiny, mask)))
+        torch.testing.assert_close(result, alone, rtol=1e-3, atol=1e-3)
+
+
 def test_no_op_settings_equal_the_plain_sampler_bit_for_bit(tiny: Tiny) -> None:
     plain = tiny.sample(tiny.model)
-    for edit in (PlugAndPlay(FEATURE, ATTENTION, 0.0, 0.0), masactrl(tiny, start=1.0)):
+    everywhere = kv_edit(tiny, torch.ones(1, 8, 8))
+    for edit in (PlugAndPlay(FEATURE, ATTENTION, 0.0, 0.0), masactrl(tiny, start=1.0), everywhere):
         assert torch.equal(tiny.sample(attach(tiny.model, tiny.trajectory, edit)), plain)
 
 
@@ -352,6 +397,9 @@ def test_nodes_choose_layers_and_refuse_in_a_sentence(tiny: Tiny) -> None:
         execute(MasaCtrlNode, **parts, source_mask=torch.ones(1, 8, 8), target_mask=torch.ones(1, 8, 8), union=True)
     with pytest.raises(ValueError, match="2 source masks, 1 target masks and 1 images"):
         execute(MasaCtrlNode, **parts, source_mask=torch.ones(2, 8, 8), target_mask=torch.ones(1, 8, 8))
+    masks = dict.fromkeys(("source_mask", "target_mask", "mask"), torch.ones(1, 8, 8))
+    with pytest.raises(ValueError, match="its own: disconnect source_mask and target_mask, or mask"):
+        execute(MasaCtrlNode, **parts, **masks)
 
 
 def test_components_are_those_of_the_covariance() -> None:

@@ -90,7 +90,9 @@ def test_every_node_that_takes_masks_takes_them_as_they_are_meant(tiny: Tiny, tm
     (blended,) = execute(LocalBlendNode, **parts, mask=mask)
     (injected,) = execute(MasaCtrlNode, **parts, source_mask=mask, target_mask=1 - mask)
     (edit,) = injected.model_options["transformer_options"][KEY].edits
-    for kept in (blended.model_options["transformer_options"][KEY].blend.user, *edit.masks):
+    (kept_own,) = execute(MasaCtrlNode, **parts, mask=mask)
+    (own,) = kept_own.model_options["transformer_options"][KEY].edits
+    for kept in (blended.model_options["transformer_options"][KEY].blend.user, *edit.masks, own.mask):
         assert kept.unique().tolist() == [0, 1]
     pictures = torch.rand(2, 64, 64, 3)
     _, psnr, *_ = execute(EditMetrics, source=pictures[:1], edited=pictures[1:], mask=mask, region=INSIDE)

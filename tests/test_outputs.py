@@ -126,6 +126,7 @@ def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, folders: None) ->
     run("CrossAttentionGuidance", **edited)
     run("NegativePromptGuidance", **edited, empty=source)
     run("ProximalGuidance", **edited)
+    run("UniEditGuidance", model=model)
     run("ImagePull", model=model, image=image)
     run("ConceptGuidance", model=model, clip=clip)
     run("NegativePromptGuider", model=model, positive=target, negative=source, empty=source)

@@ -16,9 +16,11 @@ from palimpsest.attention.alignment import Carry
 from palimpsest.attention.p2p import PromptToPrompt, Window
 from palimpsest.host.branch.source import attach
 from palimpsest.host.layer import Inputs, Layer, Read
+from palimpsest.nodes.p2p import P2PAttentionController
 from reference import classic_p2p
+from test_alignment import edit_of
 from test_source import Probe, split
-from tiny import Tiny, conditioning, rows_of, tiny_model
+from tiny import Tiny, conditioning, execute, rows_of, tiny_model
 
 CROSS, SELF = Layer("cross", "middle", 0, 0, 4, 4), Layer("self", "middle", 0, 0, 4, 4)
 KINDS = ["replace", "refine", "reweight", "reweight o replace", "reweight o refine"]
@@ -397,6 +399,22 @@ def test_terms_of_self_attention_end_before_cross_attention(tiny: Tiny, everyone
     assert distance(both, alone) < 1e-5
     of_self = 5 if everyone else 4
     assert foreign.rows == [of_self, 4] * (4 * 7) + [of_self, 3] * 7
+
+
+def test_windows_that_end_before_they_start_are_refused(tiny: Tiny) -> None:
+    """0 is off, whatever the start; a preset has its own."""
+    edit = edit_of("a cat", ["a dog"], width=64)
+    trajectory = tiny.trajectory._replace(conditioning=[[edit.embeddings[0], tiny.trajectory.conditioning[0][1]]])
+    parts = {"model": tiny.model, "trajectory": trajectory, "prompt_edit": edit}
+    for name in ("cross_replace", "self_replace"):
+        empty = {name: 0.3, f"{name}_start": 0.3}
+        sentence = (
+            f"{name} of P2P Attention Controller is to end at 0.3 but starts at 0.3: raise {name}, or lower {name}_s"
+        )
+        with pytest.raises(ValueError, match=sentence):
+            execute(P2PAttentionController, **parts, **empty)
+        execute(P2PAttentionController, **parts, **empty | {name: 0.0})
+        execute(P2PAttentionController, **parts, **empty, preset="paper")
 
 
 def test_two_terms_under_hypertile(tiny: Tiny) -> None:

@@ -59,6 +59,7 @@ def test_windows_of_words() -> None:
     assert table[:, 0, 6].tolist() == [0.1, 0.5]
     assert table[:, 0, 3].tolist() == [0.2, 0.8]
     assert table.dtype == torch.float64
+    assert windows("red:0", EDIT, 0.2, 0.8)[:, 0, 6].tolist() == [0, 0]  # never
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,12 @@ def test_windows_of_words() -> None:
             "word_schedule .* has 'fluffy:0.1-0.2-0.3', but a schedule",
         ),
         (lambda *a: windows(*a, 0, 1), "fluffy:40", "fractions from 0 to 1"),
+        (
+            lambda *a: windows(*a, 0, 1),
+            "fluffy:0.5-0.2",
+            "has 'fluffy:0.5-0.2', which is to end at 0.2 but starts at 0.5",
+        ),
+        (lambda *a: windows(*a, 0, 1), "fluffy:0.5-0.5", "which is to end at 0.5 but starts at 0.5: write for example"),
         (
             lambda *a: phrase_columns([a[0]], a[1], "Local Blend"),
             "moon",

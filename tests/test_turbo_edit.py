@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from comfy.model_base import ModelType
-from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+from comfy_extras.nodes_model_advanced import (
+    ModelSamplingContinuousEDM,
+    ModelSamplingContinuousV,
+    ModelSamplingDiscrete,
+)
 from torch import Tensor
 
 from palimpsest.host.branch.source import attach
@@ -134,5 +138,13 @@ def test_the_node(tiny: Tiny) -> None:
     edit, wanted = (tiny.sample(tiny.model, tiny.target, tiny.source, cfg=W, sampler=s) for s in (sampler, ours))
     assert torch.equal(edit, wanted)
     assert torch.equal(noise["samples"], tiny.noise)
+    for continuous in (
+        ModelSamplingContinuousEDM().patch(tiny.model, "eps", 14.6, 0.03),
+        ModelSamplingContinuousV().patch(tiny.model, "v_prediction", 14.6, 0.03),
+    ):
+        with pytest.raises(
+            ValueError, match="TurboEdit tells the model timesteps .* has none of: remove ModelSampling"
+        ):
+            execute(EditFriendlyInversion, **parts | {"model": continuous[0]}, preset="TurboEdit, 4 steps")
     with pytest.raises(ValueError, match="Edit Friendly Inversion is for models that predict noise or v"):
         execute(EditFriendlyInversion, **parts | {"model": tiny_model(ModelType.FLOW)}, preset="TurboEdit, 3 steps")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfy.sd import CLIP
-from comfy.text_encoders.flux import FluxTokenizer
+from comfy.text_encoders.flux import FluxTokenizer, KleinTokenizer, KleinTokenizer8B
 from comfy.text_encoders.hidream import HiDreamTokenizer
 from comfy.text_encoders.lt import LTXVT5Tokenizer
 from comfy.text_encoders.pixart_t5 import PixArtTokenizer
@@ -42,8 +42,15 @@ CLIPS = {
     "SD3 without CLIP": clip(SD3, clip_l=False, clip_g=False),
     "Qwen-Image": clip(QwenImageTokenizer()),
     "Z-Image": clip(ZImageTokenizer()),
+    "Flux.2 klein 4B": clip(KleinTokenizer()),
+    "Flux.2 klein 9B": clip(KleinTokenizer8B()),
 }
-BEFORE = {"SD3": 1, "Z-Image": 3}  # a start token, and the chat that this model is given too
+BEFORE = {
+    "SD3": 1,
+    "Z-Image": 3,
+    "Flux.2 klein 4B": 3,
+    "Flux.2 klein 9B": 3,
+}  # a start token, and the chat that this model is given too
 each_clip = pytest.mark.parametrize("name", CLIPS)
 
 
@@ -87,6 +94,8 @@ def test_lengths() -> None:
     assert lengths["SD3 without CLIP"] == [77, 101, 301]
     assert lengths["Qwen-Image"] == [1 + 6, 100 + 6, 300 + 6]
     assert lengths["Z-Image"] == [1 + 9, 100 + 9, 300 + 9]
+    assert lengths["Flux.2 klein 4B"] == lengths["Flux.2 klein 9B"] == [512, 512, 512]
+    assert read("Flux.2 klein 4B", "cat " * 600).length == 600 + 13
 
 
 def test_the_hosts_model_cuts_the_chat_where_words_begin() -> None:
@@ -156,10 +165,20 @@ def test_an_embedding_is_a_word(tmp_path) -> None:
 @each_clip
 def test_weights_divide_words_as_they_are(name: str) -> None:
     plain, weighted = read(name, "a red cat, sat"), read(name, "a (red:1.3) cat, sat")
-    if name in ("Qwen-Image", "Z-Image"):
+    if name.startswith(("Qwen", "Z-Image", "Flux.2")):
         assert weighted.texts == ("a", "(", "red", ":", "1", ".", "3", ")", "cat", ",", "sat")
     else:
         assert weighted.texts == plain.texts
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf", "-inf"])
+def test_a_weight_that_is_no_number_is_refused(weight: str) -> None:
+    """It was found out while sampling, as another target prompt. Where weights are words, so is this."""
+    with pytest.raises(
+        ValueError, match=f"The target prompt weighs a word by {weight}, .* in Prompt Edit write a number"
+    ):
+        prompt_words(CLIPS["Flux"], f"a (red:{weight}) cat", "target")
+    assert "red" in read("Z-Image", f"a (red:{weight}) cat").texts
 
 
 @each_clip

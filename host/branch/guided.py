@@ -1,4 +1,4 @@
-"""A change to how guidance combines two predictions, and to the latent that each step leads to."""
+"""Changes to how guidance combines two predictions, and to the latent that each step leads to."""
 
 from __future__ import annotations
 
@@ -14,14 +14,25 @@ from ..run.model import add_outermost
 from ..run.refusals import OURS, check_in_place, check_one_state, check_run, check_same_model
 from .source import STATE
 
-NODE = "Proximal Guidance"
-KEY = f"{OURS}{NODE}"
+KEY = f"{OURS}Proximal Guidance"  # the key of the one that pulls: each has its node's
 
 
 class Rule(Protocol):
-    def shrunk(self, difference: Tensor) -> Tensor:
-        """What guidance multiplies, instead of the positive's denoised estimate less the negative's [b, c, h, w]."""
+    """node: the display name of the node that made it.
 
+    needs_negative: whether the negative prompt has to run, also at cfg 1, where the host leaves it out.
+    """
+
+    node: str
+    needs_negative: bool
+
+    def guided(self, difference: Tensor, cfg: float) -> Tensor:
+        """What guidance multiplies by cfg, instead of the positive's denoised estimate less the negative's
+        [b, c, (t,) h, w].
+        """
+
+
+class Pull(Rule, Protocol):
     def unchanged(self, difference: Tensor) -> Tensor:
         """[b, c, h, w] in 0..1: where that difference changes nothing."""
 
@@ -35,7 +46,7 @@ class Rule(Protocol):
 class _Run:
     """What one sampling run has found so far."""
 
-    def __init__(self, rule: Rule, trajectory: Trajectory | None) -> None:
+    def __init__(self, rule: Rule | Pull, trajectory: Trajectory | None) -> None:
         self.rule, self.trajectory = rule, trajectory
         self.asked = False
         self.unchanged: Tensor | None = None  # of the last call that was guided: another pack may skip one
@@ -54,62 +65,67 @@ class _Run:
         return self.rule.pulled(x, *found, state, image)
 
 
-def attach_rule(model: ModelPatcher, rule: Rule, trajectory: Trajectory | None) -> ModelPatcher:
-    """A clone of `model` that is guided by `rule`; without a trajectory nothing is pulled.
+def attach_rule(model: ModelPatcher, rule: Rule | Pull, trajectory: Trajectory | None = None) -> ModelPatcher:
+    """A clone of `model` that is guided by `rule`; with a trajectory that is a `Pull`, without one nothing is pulled.
 
-    At cfg 1 there is no difference to shrink. Raises ValueError where the trajectory is another model's, or the model
-    has such a rule already.
+    Raises ValueError where the trajectory is another model's, or the model has such a rule already.
     """
-    if KEY in model.wrappers.get(WrappersMP.PREDICT_NOISE, {}):
-        raise ValueError(f"This MODEL already carries a {NODE}: one is enough, raise its quantile.")
+    node, key = rule.node, f"{OURS}{rule.node}"
+    if key in model.wrappers.get(WrappersMP.PREDICT_NOISE, {}):
+        raise ValueError(f"This MODEL already carries a {node}: one is enough, remove the other.")
     if trajectory is not None:
         check_same_model(model, trajectory)
-    if not rule.pulls(1.0):
-        trajectory = None
+        trajectory = trajectory if rule.pulls(1.0) else None
 
     def outer_sample(executor, noise: Tensor, latent: Tensor, sampler: Sampler, sigmas: Tensor, mask, *args, **kwargs):
         if trajectory is not None:
             check_run(trajectory, executor.class_obj, noise, latent, sampler, sigmas, mask)
-            check_in_place(sampler, NODE)
+            check_in_place(sampler, node)
         return executor(noise, latent, sampler, sigmas, mask, *args, **kwargs)
 
     def sampler_sample(executor, guider: CFGGuider, sigmas: Tensor, extra_args: dict, *args) -> Tensor:
         run, model_options = _Run(rule, trajectory), extra_args["model_options"]
-        options = {**model_options["transformer_options"], KEY: run}
+        options = {**model_options["transformer_options"], key: run}
         extra_args = {**extra_args, "model_options": {**model_options, "transformer_options": options}}
         x = executor(guider, sigmas, extra_args, *args)
         return x if trajectory is None else run.pulled(x, trajectory.index(float(sigmas[-1])))
 
     def predict_noise(executor, x: Tensor, timestep: Tensor, model_options: dict, *args, **kwargs) -> Tensor:
         options = model_options["transformer_options"]
-        run, index = options[KEY], None
+        run, index = options[key], None
         if trajectory is not None:
             if STATE in options:
-                check_one_state([NODE])
+                check_one_state([node])
             index = trajectory.index(float(timestep[0]))
             x.copy_(run.pulled(x, index))  # in place: the step that the sampler takes starts here
         denoised = executor(x, timestep, model_options, *args, **kwargs)
         if not run.asked:
             raise ValueError(
-                f"{NODE} has no effect in the guider {type(executor.class_obj).__name__}, which combines predictions "
+                f"{node} has no effect in the guider {type(executor.class_obj).__name__}, which combines predictions "
                 "by itself: use CFGGuider or a KSampler."
             )
         run.note(index, denoised)
         return denoised
 
     def before(args: dict) -> list[Tensor]:
-        run = args["model_options"]["transformer_options"][KEY]
+        run = args["model_options"]["transformer_options"][key]
         run.asked = True
         positive, negative, *others = args["conds_out"]
         if args["conds"][1] is None:
+            if rule.needs_negative:
+                raise ValueError(
+                    f"{node} compares the prompt with the negative one, of which this run has none: use CFGGuider or a "
+                    "KSampler, and connect the source prompt to negative."
+                )
             run.unchanged = None
             return args["conds_out"]
-        run.unchanged = rule.unchanged(positive - negative)
-        return [negative + rule.shrunk(positive - negative), negative, *others]
+        if trajectory is not None:
+            run.unchanged = rule.unchanged(positive - negative)
+        return [negative + rule.guided(positive - negative, args["cond_scale"]), negative, *others]
 
     model = model.clone()
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
-    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, sampler_sample)
-    add_outermost(model, WrappersMP.PREDICT_NOISE, KEY, predict_noise)
-    model.set_model_sampler_pre_cfg_function(before)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, key, outer_sample)
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, key, sampler_sample)
+    add_outermost(model, WrappersMP.PREDICT_NOISE, key, predict_noise)
+    model.set_model_sampler_pre_cfg_function(before, disable_cfg1_optimization=rule.needs_negative)
     return model

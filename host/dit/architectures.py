@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,25 +22,29 @@ from ..layer import Block
 
 class Architecture(NamedTuple):
     """blocks: attributes of the model that hold its main blocks, in the order they run in, and what to call them.
+    text: finds the linear layer that takes the prompt's embeddings.
     image_first: whether the image's tokens come before the text's; they come after it, but for reference images.
     turned: whether image positions begin after the text, so that keys of a prompt of another length have to be turned.
     """
 
     blocks: dict[str, str]
+    text: Callable[[nn.Module], nn.Linear]
     image_first: bool = False
     turned: bool = False
 
 
 STREAMS = {"double_blocks": "double", "single_blocks": "single"}
 ARCHITECTURES: dict[type[nn.Module], Architecture] = {
-    Flux: Architecture(STREAMS),
-    Chroma: Architecture(STREAMS),
-    OpenAISignatureMMDITWrapper: Architecture({"joint_blocks": "block"}),
-    QwenImageTransformer2DModel: Architecture({"transformer_blocks": "block"}),
-    NextDiT: Architecture({"layers": "block"}, turned=True),
-    WanModel: Architecture({"blocks": "block"}, image_first=True),
+    Flux: Architecture(STREAMS, lambda model: model.txt_in),
+    Chroma: Architecture(STREAMS, lambda model: model.txt_in),
+    OpenAISignatureMMDITWrapper: Architecture({"joint_blocks": "block"}, lambda model: model.context_embedder),
+    QwenImageTransformer2DModel: Architecture({"transformer_blocks": "block"}, lambda model: model.txt_in),
+    NextDiT: Architecture({"layers": "block"}, lambda model: model.cap_embedder[1], turned=True),
+    WanModel: Architecture({"blocks": "block"}, lambda model: model.text_embedding[0], image_first=True),
     HiDreamImageTransformer2DModel: Architecture(
-        {"double_stream_blocks": "double", "single_stream_blocks": "single"}, image_first=True
+        {"double_stream_blocks": "double", "single_stream_blocks": "single"},
+        lambda model: model.caption_projection[-1].linear,
+        image_first=True,
     ),
 }
 
@@ -47,6 +52,12 @@ ARCHITECTURES: dict[type[nn.Module], Architecture] = {
 def architecture_of(model: nn.Module) -> Architecture | None:
     """Of exactly this class: what a kind of its own does inside is not known."""
     return ARCHITECTURES.get(type(model))
+
+
+def prompt_width(model: nn.Module) -> int | None:
+    """Channels of the embeddings that its prompts have; None where the model is not known."""
+    architecture = architecture_of(model)
+    return None if architecture is None else architecture.text(model).in_features
 
 
 def dit_blocks(model: nn.Module) -> list[Block]:

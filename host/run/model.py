@@ -8,9 +8,12 @@ import comfy.model_sampling as sampling
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
+from comfy.supported_models import FluxSchnell
 from torch import Tensor
 
+from ..dit import architectures
 from ..files.trajectory import ModelIdentity, Trajectory
+from ..unet import tree
 from .weights import sampled_weights
 
 FLOW = "flow"
@@ -32,7 +35,7 @@ def prediction_type(model: ModelPatcher) -> str:
     return "v" if isinstance(model_sampling, sampling.V_PREDICTION) else "eps"
 
 
-def told_distilled(model: ModelPatcher, steps: int) -> str | None:
+def told_many_steps(model: ModelPatcher, steps: int) -> str | None:
     """What to say where a model whose sampling is that of a distilled checkpoint is to run many steps.
 
     A checkpoint or LoRA without ModelSamplingDiscrete's "lcm" looks like any other.
@@ -53,6 +56,25 @@ def is_unet(model: ModelPatcher) -> bool:
 def is_flow(model: ModelPatcher) -> bool:
     """Whether x at sigma is (1 - sigma) image + sigma noise. Raises ValueError as `prediction_type`."""
     return prediction_type(model) == FLOW
+
+
+def prompt_width(model: ModelPatcher) -> int | None:
+    """Channels of the embeddings that its prompts have; None where that is not known."""
+    network = model.model.diffusion_model
+    return tree.prompt_width(network) if isinstance(network, UNetModel) else architectures.prompt_width(network)
+
+
+def told_distilled(model: ModelPatcher) -> str | None:
+    """What to say of an inversion by a model whose kind is distilled to few steps, None of any other.
+
+    That of a checkpoint which was trained back to many steps cannot be told from its kind.
+    """
+    if not isinstance(model.model.model_config, FluxSchnell):
+        return None
+    return (
+        "This MODEL is of FLUX.1 schnell's kind: where its checkpoint is distilled to a few steps, the image is "
+        "inverted badly and comes back as another; edit it by Flow Edit instead."
+    )
 
 
 def check_noise_predicted(model: ModelPatcher, node: str) -> None:

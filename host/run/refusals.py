@@ -8,6 +8,7 @@ from inspect import signature
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
+from comfy.model_sampling import ModelSamplingDiscrete
 from comfy.patcher_extension import WrappersMP
 from comfy.samplers import KSAMPLER, CFGGuider, Sampler
 from torch import Tensor
@@ -17,7 +18,7 @@ from ..files.conditioning import SEED
 from ..files.trajectory import Trajectory
 from ..layer import Layer
 from .alone import ALIKE, apart
-from .model import identity, is_flow, is_unet
+from .model import identity, is_flow, is_unet, prompt_width
 from .sampler import OwnSampler, Run, function_name, settings
 from .shortcuts import cache_on
 
@@ -60,6 +61,16 @@ def check_unet(model: ModelPatcher, node: str) -> None:
         raise ValueError(
             f"This MODEL ({kind}) is no UNet, but {node} reads layers that SD1.x, SD2.x and SDXL alone have: use Flow "
             "Edit, MasaCtrl or PnP Feature Injector."
+        )
+
+
+def check_foreground(model: ModelPatcher) -> None:
+    """Raises ValueError where MasaCtrl cannot keep foreground and background of two images apart."""
+    if not is_unet(model):
+        kind = type(model.model.diffusion_model).__name__
+        raise ValueError(
+            f"This MODEL ({kind}) is no UNet, and MasaCtrl's source_mask and target_mask are for SD1.x, SD2.x and SDXL "
+            "alone: connect the mask of where to edit to mask."
         )
 
 
@@ -120,6 +131,17 @@ def check_latent(model: ModelPatcher, samples: Tensor) -> None:
         )
     if not torch.isfinite(samples).all():
         raise ValueError("The latent holds NaN or infinite values: check the image and the VAE Encode node before it.")
+
+
+def check_width(model: ModelPatcher, conditioning: list, name: str) -> None:
+    """Raises ValueError where the embeddings of a conditioning called `name` are not as wide as the model's prompts."""
+    width = prompt_width(model)
+    wrong = {embedding.shape[-1] for embedding, _ in conditioning} - {width}
+    if width is not None and wrong:
+        raise ValueError(
+            f"{name} has embeddings of {min(wrong)} channels but this MODEL ({type(model.model).__name__}) takes "
+            f"{width}: connect the CLIP that belongs to the MODEL to Prompt Edit or CLIP Text Encode."
+        )
 
 
 def check_noised(model: ModelPatcher, noise: Tensor, sigmas: Tensor) -> None:
@@ -206,6 +228,15 @@ def check_attention(model: ModelPatcher, node: str) -> None:
         raise ValueError(
             f"This MODEL carries another node's attention override, but {node} takes gradients, which need the host's "
             "own attention: connect the MODEL from before that node."
+        )
+
+
+def check_timesteps(model: ModelPatcher, preset: str) -> None:
+    """Raises ValueError for models whose noise levels are no table of timesteps, by which `preset` names them."""
+    if not isinstance(model.get_model_object("model_sampling"), ModelSamplingDiscrete):
+        raise ValueError(
+            f"{preset} tells the model timesteps of its training, which the sampling of this MODEL has none of: remove "
+            "ModelSamplingContinuousEDM or ModelSamplingContinuousV from it, or set preset to custom."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from hashlib import sha256
@@ -9,7 +10,7 @@ from itertools import groupby, islice
 
 from comfy.sd import CLIP
 from comfy.sd1_clip import SD1Tokenizer, SDTokenizer
-from comfy.text_encoders.flux import FluxTokenizer
+from comfy.text_encoders.flux import FluxTokenizer, KleinTokenizer, KleinTokenizer8B
 from comfy.text_encoders.pixart_t5 import PixArtTokenizer
 from comfy.text_encoders.qwen_image import QwenImageTokenizer
 from comfy.text_encoders.sd3_clip import SD3Tokenizer
@@ -21,7 +22,12 @@ from ..words import END, START, UNKNOWN, Words, signs_of, words, words_between, 
 T5 = "t5xxl"
 TURN, TURN_END = "<|im_start|>", "<|im_end|>"
 # Which turn of a chat the prompt is, and whether the model is given what stands before it.
-CHATS = {QwenImageTokenizer: (1, False), ZImageTokenizer: (0, True)}
+CHATS = {
+    QwenImageTokenizer: (1, False),
+    ZImageTokenizer: (0, True),
+    KleinTokenizer: (0, True),
+    KleinTokenizer8B: (0, True),
+}
 
 Token = tuple[int | Tensor, float, int]
 """The host's: token or textual inversion vector, weight, stretch of the prompt; stretch 0 is start, end and padding."""
@@ -43,6 +49,12 @@ def prompt_words(clip: CLIP | Tokens, prompt: str, name: str, node: str = "Promp
     Raises ValueError for text encoders whose words are not known, and where two of them divide the prompt differently.
     """
     tokens = clip.tokenize(prompt, return_word_ids=True)
+    weights = (weight for chunks in tokens.values() for chunk in chunks for _, weight, _ in chunk)
+    if wrong := [weight for weight in weights if not math.isfinite(weight)]:
+        raise ValueError(
+            f"The {name} prompt weighs a word by {wrong[0]:g}, of which no text encoder makes an embedding: in {node} "
+            "write a number, as in (red:1.3)."
+        )
     kind = type(clip.tokenizer)
     if kind in CHATS:
         ((chunk,),) = tokens.values()
@@ -57,7 +69,7 @@ def prompt_words(clip: CLIP | Tokens, prompt: str, name: str, node: str = "Promp
     if any(tokenizer is None or tokenizer.inv_vocab.get(tokenizer.start_token) != START for tokenizer in tokenizers):
         raise ValueError(
             f"{node} does not know the words of this text encoder ({kind.__name__}): connect the CLIP of an "
-            "SD1.x, SD2.x, SDXL, SD3, Flux.1, Chroma, Qwen-Image or Z-Image checkpoint."
+            "SD1.x, SD2.x, SDXL, SD3, Flux.1, Flux.2 klein, Chroma, Qwen-Image or Z-Image checkpoint."
         )
     return _of_clip([*tokens.values()], tokenizers[0], name, node)
 

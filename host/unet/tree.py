@@ -40,6 +40,13 @@ def attention_of(unet: UNetModel, layer: Layer) -> CrossAttention:
     return transformer.transformer_blocks[layer.index].attn1
 
 
+def prompt_width(unet: UNetModel) -> int | None:
+    """Channels of the embeddings that its cross-attention reads; None where it has none."""
+    transformers = (layer for layer in unet.modules() if isinstance(layer, SpatialTransformer))
+    first = next(transformers, None)
+    return None if first is None else first.transformer_blocks[0].attn2.to_k.in_features
+
+
 def layers_of(unet: UNetModel, block: Block) -> nn.Module:
     side, number = block
     return unet.middle_block if side == "middle" else getattr(unet, f"{side}_blocks")[number]
