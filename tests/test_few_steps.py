@@ -147,21 +147,27 @@ def test_four_steps_say_their_captions(demo: tuple, few: tuple, sampler: str) ->
     assert (with_it, without) == (0, 0)
 
 
-def test_an_edit_in_four_steps(few: tuple) -> None:
-    """Without inversion and without guidance: eight rows of the network."""
-    model, clip, vae = few
-    source, target = "a photo of a red car on a street", "a photo of a blue car on a street"
-    before, answer = (torch.from_numpy(scenes.render(scenes.parse(text, 3)))[None] for text in (source, target))
-    model, cost = metered(model)
-    edited, trajectory, _, sampler, _ = execute(
-        VirtualInversion, model=model, source=encoded(clip, source), image=before, vae=vae, steps=4
-    )
-    parts = {"model": edited, "trajectory": trajectory, "sampler": sampler, "vae": vae, "cfg": 1.0}
-    _, image = execute(EditSampler, positive=encoded(clip, target), **parts)
-    assert sum(cost.rows) == 8
-    assert (image - answer).abs().mean() < 0.5 * (before - answer).abs().mean()
-    _, same = execute(EditSampler, positive=encoded(clip, source), **parts)
-    assert torch.equal(same, vae.decode(vae.encode(before)))
+def test_an_edit_in_four_steps(demo: tuple, few: tuple) -> None:
+    """Without inversion and without guidance, eight rows of the network; without the LoRA it comes less far."""
+    source, target = "a photo of a yellow pumpkin on a meadow", "a photo of a purple pumpkin on a meadow at night"
+    before, answer = (torch.from_numpy(scenes.render(scenes.parse(text, 6)))[None] for text in (source, target))
+
+    def edited(loaded: tuple, prompt: str) -> Tensor:
+        model, clip, vae = loaded
+        model, cost = metered(model)
+        inputs = {"model": model, "source": encoded(clip, source), "image": before, "vae": vae, "steps": 4}
+        model, trajectory, _, sampler, _ = execute(VirtualInversion, **inputs)
+        inputs = {"model": model, "trajectory": trajectory, "positive": encoded(clip, prompt), "vae": vae}
+        _, image = execute(EditSampler, **inputs, sampler=sampler, cfg=1.0)
+        assert sum(cost.rows) == 8
+        return image
+
+    def left(loaded: tuple) -> float:
+        return float((edited(loaded, target) - answer).abs().mean() / (before - answer).abs().mean())
+
+    assert left(few) < 0.14
+    assert left(few) < 0.8 * left(demo)
+    assert torch.equal(edited(few, source), few[2].decode(few[2].encode(before)))
 
 
 def test_many_steps_on_a_distilled_sampling_are_told(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
