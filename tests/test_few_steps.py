@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from pathlib import Path
 
 import comfy.lora
@@ -120,31 +121,43 @@ def test_the_aim_is_the_image_by_which_one_step_leads_there() -> None:
         torch.testing.assert_close(image + t / s * (x - image), reached)
 
 
-def drawn(loaded: tuple, captions: list[str], steps: int, cfg: float, sampler: str) -> Tensor:
-    """Pictures of captions by KSampler."""
+def drawn(loaded: tuple, asked: list[scenes.Scene], steps: int, cfg: float, sampler: str = "euler") -> Tensor:
+    """Pictures of scenes by KSampler, one after the other."""
     model, clip, vae = loaded
     latents = []
-    for seed, caption in enumerate(captions):
-        settings = seed, steps, cfg, sampler, "simple", encoded(clip, caption), encoded(clip, "")
-        latents.append(
-            host_nodes.KSampler().sample(model, *settings, {"samples": torch.zeros(1, 16, 16, 16)})[0]["samples"]
-        )
+    for seed, scene in enumerate(asked):
+        prompts = encoded(clip, scene.caption), encoded(clip, "")
+        latent = {"samples": torch.zeros(1, 16, 16, 16)}
+        (latent,) = host_nodes.KSampler().sample(model, seed, steps, cfg, sampler, "simple", *prompts, latent)
+        latents.append(latent["samples"])
     return vae.decode(torch.cat(latents))
 
 
-@pytest.mark.parametrize("sampler", ["euler", "lcm"])
-def test_four_steps_say_their_captions(demo: tuple, few: tuple, sampler: str) -> None:
-    """Read back word by word; the model without the LoRA, as many steps and no guidance, is worse."""
+def some_scenes(count: int) -> list[scenes.Scene]:
     rng = random.Random("few steps")
-    asked = [scenes.sample(rng, pair=False) for _ in range(8)]
-    captions = [scene.caption for scene in asked]
+    return [scenes.sample(rng, pair=False) for _ in range(count)]
 
-    def right(loaded: tuple) -> int:
-        pictures = drawn(loaded, captions, 4, 1.0, sampler).numpy()
-        return sum(sum(score.judge(*pair).values()) for pair in zip(pictures, asked, strict=True))
 
-    with_it, without = right(few), right(demo)
-    assert (with_it, without) == (0, 0)
+def test_four_steps_draw_what_twenty_guided_ones_do(demo: tuple, few: tuple) -> None:
+    """From the same noise; without the LoRA they come less near."""
+    asked = some_scenes(4)
+    guided = drawn(demo, asked, 20, 4.0)
+    without, with_it = ((drawn(loaded, asked, 4, 1.0) - guided).square().mean() for loaded in (demo, few))
+    assert with_it < 0.8 * without
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["euler", "lcm"])
+def test_four_steps_say_their_captions(few: tuple, sampler: str) -> None:
+    """Read back from the pictures, word by word."""
+    asked = some_scenes(4)
+    right: Counter[str] = Counter()
+    for image, scene in zip(drawn(few, asked, 4, 1.0, sampler).numpy(), asked, strict=True):
+        right.update(word for word, so in score.judge(image, scene).items() if so)
+    assert {word: right[word] for word in LEAST if right[word] < LEAST[word]} == {}
+
+
+LEAST = {"style": 4, "place": 4, "time": 4, "look": 3}
 
 
 def test_an_edit_in_four_steps(demo: tuple, few: tuple) -> None:
