@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from pathlib import Path
 
-import comfy.lora
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -45,13 +43,10 @@ def weights(model: ModelPatcher) -> dict[str, Tensor]:
     }
 
 
-def test_both_of_the_hosts_loaders_add_up_times_down(
-    demo: tuple, few: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_of_the_hosts_loaders_add_up_times_down(demo: tuple, few: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     file = comfy.utils.load_torch_file(str(demo_model.LCM_WEIGHTS), safe_load=True)
-    kind = {*folder_paths.supported_pt_extensions}
-    folder = str(demo_model.LCM_WEIGHTS.parent)
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([folder], kind))
+    folder = [str(demo_model.LCM_WEIGHTS.parent)], folder_paths.supported_pt_extensions
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", folder)
     (by_node,) = host_nodes.LoraLoaderModelOnly().load_lora_model_only(demo[0], demo_model.LCM_WEIGHTS.name, 1.0)
     by_function, _ = comfy.sd.load_lora_for_models(demo[0], None, file, 1.0, 0.0)
     before, expected = weights(demo[0]), {}
@@ -71,7 +66,7 @@ def test_both_of_the_hosts_loaders_add_up_times_down(
     assert sum(changed) / len(changed) > 0.01
 
 
-def test_what_was_trained_is_what_the_host_samples(few: tuple, demo: tuple) -> None:
+def test_what_was_trained_is_what_the_host_samples(few: tuple) -> None:
     """The same answer to the same latents, from the training's UNet and its LoRA and from the host's MODEL."""
     student = distil.Student()
     file = comfy.utils.load_torch_file(str(demo_model.LCM_WEIGHTS), safe_load=True)
