@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
+from collections import Counter
 
-import comfy.lora
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -44,13 +43,10 @@ def weights(model: ModelPatcher) -> dict[str, Tensor]:
     }
 
 
-def test_both_of_the_hosts_loaders_add_up_times_down(
-    demo: tuple, few: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_of_the_hosts_loaders_add_up_times_down(demo: tuple, few: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     file = comfy.utils.load_torch_file(str(demo_model.LCM_WEIGHTS), safe_load=True)
-    kind = {*folder_paths.supported_pt_extensions}
-    folder = str(demo_model.LCM_WEIGHTS.parent)
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([folder], kind))
+    folder = [str(demo_model.LCM_WEIGHTS.parent)], folder_paths.supported_pt_extensions
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", folder)
     (by_node,) = host_nodes.LoraLoaderModelOnly().load_lora_model_only(demo[0], demo_model.LCM_WEIGHTS.name, 1.0)
     by_function, _ = comfy.sd.load_lora_for_models(demo[0], None, file, 1.0, 0.0)
     before, expected = weights(demo[0]), {}
@@ -70,7 +66,7 @@ def test_both_of_the_hosts_loaders_add_up_times_down(
     assert sum(changed) / len(changed) > 0.01
 
 
-def test_what_was_trained_is_what_the_host_samples(few: tuple, demo: tuple) -> None:
+def test_what_was_trained_is_what_the_host_samples(few: tuple) -> None:
     """The same answer to the same latents, from the training's UNet and its LoRA and from the host's MODEL."""
     student = distil.Student()
     file = comfy.utils.load_torch_file(str(demo_model.LCM_WEIGHTS), safe_load=True)
@@ -120,48 +116,66 @@ def test_the_aim_is_the_image_by_which_one_step_leads_there() -> None:
         torch.testing.assert_close(image + t / s * (x - image), reached)
 
 
-def drawn(loaded: tuple, captions: list[str], steps: int, cfg: float, sampler: str) -> Tensor:
-    """Pictures of captions by KSampler."""
+def drawn(loaded: tuple, asked: list[scenes.Scene], steps: int, cfg: float, sampler: str = "euler") -> Tensor:
+    """Pictures of scenes by KSampler, one after the other."""
     model, clip, vae = loaded
     latents = []
-    for seed, caption in enumerate(captions):
-        settings = seed, steps, cfg, sampler, "simple", encoded(clip, caption), encoded(clip, "")
-        latents.append(
-            host_nodes.KSampler().sample(model, *settings, {"samples": torch.zeros(1, 16, 16, 16)})[0]["samples"]
-        )
+    for seed, scene in enumerate(asked):
+        prompts = encoded(clip, scene.caption), encoded(clip, "")
+        latent = {"samples": torch.zeros(1, 16, 16, 16)}
+        (latent,) = host_nodes.KSampler().sample(model, seed, steps, cfg, sampler, "simple", *prompts, latent)
+        latents.append(latent["samples"])
     return vae.decode(torch.cat(latents))
 
 
-@pytest.mark.parametrize("sampler", ["euler", "lcm"])
-def test_four_steps_say_their_captions(demo: tuple, few: tuple, sampler: str) -> None:
-    """Read back word by word; the model without the LoRA, as many steps and no guidance, is worse."""
+def some_scenes(count: int) -> list[scenes.Scene]:
     rng = random.Random("few steps")
-    asked = [scenes.sample(rng, pair=False) for _ in range(8)]
-    captions = [scene.caption for scene in asked]
-
-    def right(loaded: tuple) -> int:
-        pictures = drawn(loaded, captions, 4, 1.0, sampler).numpy()
-        return sum(sum(score.judge(*pair).values()) for pair in zip(pictures, asked, strict=True))
-
-    with_it, without = right(few), right(demo)
-    assert (with_it, without) == (0, 0)
+    return [scenes.sample(rng, pair=False) for _ in range(count)]
 
 
-def test_an_edit_in_four_steps(few: tuple) -> None:
-    """Without inversion and without guidance: eight rows of the network."""
-    model, clip, vae = few
-    source, target = "a photo of a red car on a street", "a photo of a blue car on a street"
-    before, answer = (torch.from_numpy(scenes.render(scenes.parse(text, 3)))[None] for text in (source, target))
-    model, cost = metered(model)
-    edited, trajectory, _, sampler, _ = execute(
-        VirtualInversion, model=model, source=encoded(clip, source), image=before, vae=vae, steps=4
-    )
-    parts = {"model": edited, "trajectory": trajectory, "sampler": sampler, "vae": vae, "cfg": 1.0}
-    _, image = execute(EditSampler, positive=encoded(clip, target), **parts)
-    assert sum(cost.rows) == 8
-    assert (image - answer).abs().mean() < 0.5 * (before - answer).abs().mean()
-    _, same = execute(EditSampler, positive=encoded(clip, source), **parts)
-    assert torch.equal(same, vae.decode(vae.encode(before)))
+def test_four_steps_draw_what_twenty_guided_ones_do(demo: tuple, few: tuple) -> None:
+    """From the same noise; without the LoRA they come less near."""
+    asked = some_scenes(4)
+    guided = drawn(demo, asked, 20, 4.0)
+    without, with_it = ((drawn(loaded, asked, 4, 1.0) - guided).square().mean() for loaded in (demo, few))
+    assert with_it < 0.8 * without
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["euler", "lcm"])
+def test_four_steps_say_their_captions(few: tuple, sampler: str) -> None:
+    """Read back from the pictures, word by word."""
+    asked = some_scenes(4)
+    right: Counter[str] = Counter()
+    for image, scene in zip(drawn(few, asked, 4, 1.0, sampler).numpy(), asked, strict=True):
+        right.update(word for word, so in score.judge(image, scene).items() if so)
+    assert {word: right[word] for word in LEAST if right[word] < LEAST[word]} == {}
+
+
+LEAST = {"style": 4, "place": 4, "time": 4, "look": 3}
+
+
+def test_an_edit_in_four_steps(demo: tuple, few: tuple) -> None:
+    """Without inversion and without guidance, eight rows of the network; without the LoRA it comes less far."""
+    source, target = "a photo of a yellow pumpkin on a meadow", "a photo of a purple pumpkin on a meadow at night"
+    before, answer = (torch.from_numpy(scenes.render(scenes.parse(text, 6)))[None] for text in (source, target))
+
+    def edited(loaded: tuple, prompt: str) -> Tensor:
+        model, clip, vae = loaded
+        model, cost = metered(model)
+        inputs = {"model": model, "source": encoded(clip, source), "image": before, "vae": vae, "steps": 4}
+        model, trajectory, _, sampler, _ = execute(VirtualInversion, **inputs)
+        inputs = {"model": model, "trajectory": trajectory, "positive": encoded(clip, prompt), "vae": vae}
+        _, image = execute(EditSampler, **inputs, sampler=sampler, cfg=1.0)
+        assert sum(cost.rows) == 8
+        return image
+
+    def left(loaded: tuple) -> float:
+        return float((edited(loaded, target) - answer).abs().mean() / (before - answer).abs().mean())
+
+    assert left(few) < 0.14
+    assert left(few) < 0.8 * left(demo)
+    assert torch.equal(edited(few, source), few[2].decode(few[2].encode(before)))
 
 
 def test_many_steps_on_a_distilled_sampling_are_told(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
