@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import NamedTuple
@@ -119,8 +119,9 @@ def record_attention(
 ) -> AttentionStore:
     """Runs `model` once at every state of `trajectory` and keeps what edits read there, as far as the budget goes.
 
-    tell: gets what the store will hold, in flow transformers before the first call, in UNets after it. Raises
-    ValueError where the model is edited already or its attention unknown, or the trajectory is another model's.
+    tell: gets what the store will hold, in flow transformers before the first call, in UNets after it.
+
+    Raises ValueError where the model is edited already or its attention unknown, or the trajectory is another model's.
     """
     check_readable(model, "Record Attention")
     check_same_model(model, trajectory)
@@ -263,6 +264,8 @@ class _JointWalk(_Walk):
             read = run.guider.conds["positive"][0]["model_conds"]["c_crossattn"].cond.shape[1]
             if prompt_in_place(read, self.tokens, padded(network, self.tokens)):
                 self.words = min(read, self.tokens)
+        if not self.words:
+            self.recording = replace(self.recording, cross=NEVER)
         self.mapped = self.words > 0 and (state.ndim == 4 or state.shape[2] == 1)
         size, channels = grid(network, state), len(state) * width(network)
         for block in dit_blocks(network):

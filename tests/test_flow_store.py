@@ -20,14 +20,20 @@ from palimpsest.attention import record
 from palimpsest.attention.heatmap import word_heat
 from palimpsest.attention.p2p import Window
 from palimpsest.attention.record import Plan, Recording, record_attention
+from palimpsest.demo import model as demo_model
+from palimpsest.demo.flow import TEXT_TOKENS, load_flow
 from palimpsest.host.branch.source import attach, attach_blend
 from palimpsest.host.dit.architectures import dit_blocks
 from palimpsest.host.files.store import AttentionStore
 from palimpsest.host.files.trajectory import Trajectory
 from palimpsest.host.run.cost import metered
 from palimpsest.host.run.sampler import OwnSampler, Run
-from palimpsest.inversion.run import Guidance, invert, resample
+from palimpsest.inversion.run import Guidance, ddim_sigmas, invert, resample
+from palimpsest.nodes.blend import LocalBlendNode
 from palimpsest.nodes.inject import MasaCtrlNode, PnPFeatureInjector
+from palimpsest.nodes.maps import AttentionMaps
+from palimpsest.nodes.p2p import P2PAttentionController
+from palimpsest.nodes.prompt import PromptEdit
 from palimpsest.nodes.store import RecordAttention
 from palimpsest.nodes.viewer import FeatureViewer
 from reference import explicit
@@ -132,6 +138,32 @@ def test_a_blend_of_words_takes_them_from_a_store() -> None:
         assert close(*results, 1e-5)
         for live, stored in zip(*(each.maps[-1] for each in shown), strict=True):
             assert close(stored, live, 1e-4)
+
+
+def test_a_model_that_cuts_its_prompts() -> None:
+    """The demo model reads 24 of 77 tokens: the others have maps of zeros, and edits and blends are the live ones."""
+    _, clip, vae = demo_model.load()
+    model, node = load_flow(), {"source_prompt": "a photo of a cat on a meadow"}
+    source, target, edit, _ = execute(PromptEdit, clip=clip, **node, target_prompt="a photo of a dog on a meadow")
+    image = torch.rand(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    trajectory = invert(model, Guidance(source), image, ddim_sigmas(model, 3))
+    store = record_attention(model, trajectory, recording())
+    (maps,) = store.maps
+    assert maps.shape == (3, 1, 8, 8, 77)
+    assert not maps[..., TEXT_TOKENS:].any()
+    assert maps[..., :TEXT_TOKENS].all()
+    pictures, masks = execute(AttentionMaps, attention_store=store, prompt_edit=edit, words="cat, meadow")
+    assert pictures.shape == (2, 128, 128, 3)
+    assert masks.amax((1, 2)).tolist() == [1, 1]
+    results = []
+    for each, expected in (({}, 6), ({"attention_store": store}, 3)):
+        given = {"trajectory": trajectory, "prompt_edit": edit}
+        (edited_,) = execute(P2PAttentionController, model=model, **given, **each)
+        (blended,) = execute(LocalBlendNode, model=edited_, **given)
+        result, count = rows(blended, trajectory, Guidance(target))
+        assert sum(count) == expected
+        results.append(result)
+    assert close(*results, 1e-5)
 
 
 def test_maps_of_large_pictures_are_means(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,8 +445,9 @@ def test_refusals() -> None:
     ):
         execute(RecordAttention, **inputs)
     wan, wan_trajectory = setting(FLOWS["Wan"])
-    (store,) = execute(RecordAttention, model=wan.model, trajectory=wan_trajectory)
-    with pytest.raises(ValueError, match="The attention store of this WAN21 holds no maps of words, which Record"):
+    (store,) = execute(RecordAttention, model=wan.model, trajectory=wan_trajectory, self_replace=0.0)
+    assert store.bytes == 0  # queries are kept for words alone, of which this model's attention has none
+    with pytest.raises(ValueError, match="The attention store of this WAN21 holds no maps of words: Record"):
         word_heat(store, torch.ones(4, 1), (4, 4), 0.0, 1.0, all_sizes=False)
 
 

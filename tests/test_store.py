@@ -467,6 +467,8 @@ def test_damaged_files_are_refused_in_a_sentence(tiny: Tiny, tmp_path: Path) -> 
     refused("its maps do not fit its trajectory")
     save_file({k: v for k, v in tensors.items() if k != "sigmas"}, path, metadata)
     refused("damaged attention store: 'sigmas' is missing")
+    save_file(tensors, path, {k: v for k, v in metadata.items() if k not in ("fields", "before")})
+    assert same(AttentionStore.load(path), recorded(tiny))  # files of before there were these
     path.write_bytes(whole)
     with pytest.raises(ValueError, match="is no trajectory"):
         Trajectory.load(path)

@@ -12,7 +12,7 @@ from ..layer import Inputs, Layer
 from .storage import Format
 from .trajectory import Trajectory, read_file, write_file
 
-FORMAT = Format("palimpsest.attention_store/3", "attention store", "Save Attention Store")
+FORMAT = Format("palimpsest.attention_store/2", "attention store", "Save Attention Store")
 
 
 class AttentionStore(NamedTuple):
@@ -84,7 +84,10 @@ class AttentionStore(NamedTuple):
     @classmethod
     def _parse(cls, trajectory: Trajectory, tensors: dict[str, Tensor], metadata: dict[str, str]) -> AttentionStore:
         layers = tuple(Layer(*layer) for layer in json.loads(metadata["layers"]))
-        fields, before = (json.loads(metadata[name]) for name in ("fields", "before"))
+        fields = tuple(
+            json.loads(metadata.get("fields", "[]"))
+        )  # files of before there were flow transformers' lack both
+        before = int(metadata.get("before", 0))
         inputs = tuple(
             tuple(tensors.get(f"inputs.{step}.{i}") for i in range(len(layers))) for step in range(trajectory.steps)
         )
@@ -93,4 +96,4 @@ class AttentionStore(NamedTuple):
             raise ValueError("its maps do not fit its trajectory")
         if fields and (len(fields) != len(layers) or not {*fields} <= {*Inputs._fields}):
             raise ValueError("its fields do not fit its layers")
-        return cls(trajectory, layers, inputs, maps, tuple(fields), before)
+        return cls(trajectory, layers, inputs, maps, fields, before)
