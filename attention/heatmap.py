@@ -19,7 +19,7 @@ def word_heat(
 
     columns: [tokens, m], 1 at the tokens of each phrase. Maps are averaged over the steps from `start` to `end`
     (fractions of the schedule), and over layers: those that local blend uses, or those of all recorded sizes. Each is
-    scaled to a maximum of 1. Raises ValueError where no step lies between start and end.
+    scaled to a maximum of 1. Raises ValueError where no step lies between start and end, and where there are no maps.
     """
     steps = len(store.inputs)
     chosen = [step for step in range(steps) if start <= step / steps < end]
@@ -28,8 +28,15 @@ def word_heat(
             f"Attention Maps shows the steps from {start:g} to {end:g} of the schedule, where there are none: "
             "set end above start."
         )
-    placing = map_size(tuple(store.trajectory.states.shape[3:]))
-    maps = [held for held in store.maps if all_sizes or tuple(held.shape[2:4]) == placing]
+    if not store.maps:
+        raise ValueError(
+            f"The attention store of this {store.trajectory.model.name} holds no maps of words: Record Attention keeps "
+            "them of single pictures in Flux.1, Chroma, SD3, SD3.5, Qwen-Image and Z-Image, and of layers up to "
+            "32 x 32 in SD1.x, SD2.x and SDXL: record a smaller picture, or one of these models'."
+        )
+    placing = map_size(tuple(store.trajectory.states.shape[-2:]))
+    alike = all_sizes or len(store.maps) == 1  # as in flow transformers
+    maps = [held for held in store.maps if alike or tuple(held.shape[2:4]) == placing]
     means = [(held[chosen].mean(0) @ columns).movedim(-1, 1) for held in maps]
     means = [interpolate(mean, size, mode="bicubic").clamp_min(0) for mean in means]
     heat = torch.stack(means).mean(0).flatten(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -86,6 +87,18 @@ class Rule(Protocol):
 
         Tokens are those of the two prompts, never tiled. Both have the batch of the target.
         """
+
+
+def fields_read(layer: Layer, rules: Sequence[Rule]) -> set[str]:
+    """The fields of `Inputs` that rules take from the source in a layer of a joint attention.
+
+    Words of the source are what its image's queries find in their keys.
+    """
+    own = {field for rule in rules if rule.wants(layer) for field in rule.reads}
+    if layer.kind == "cross":
+        return own - {"query"}
+    crossing = layer._replace(kind="cross")
+    return own | {"query" for rule in rules if rule.wants(crossing)}
 
 
 class Edit(Protocol):

@@ -64,7 +64,7 @@ class AttentionMaps(io.ComfyNode):
     @classmethod
     def execute(cls, attention_store, prompt_edit, words, threshold, start, end, layers, image=None) -> io.NodeOutput:
         columns = prompt_columns(split_phrases(words), _prompt(attention_store, prompt_edit))
-        height, width = attention_store.trajectory.states.shape[3:]
+        height, width = attention_store.trajectory.states.shape[-2:]
         size = (8 * height, 8 * width) if image is None else tuple(image.shape[1:3])
         heat = word_heat(attention_store, columns, size, start, end, layers == ALL)
         under = None

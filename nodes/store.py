@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
 from ..attention.p2p import Window
-from ..attention.record import Recording, record_attention
+from ..attention.pnp import READS
+from ..attention.record import Plan, Recording, record_attention
+from ..host.branch.blocks import layers_in
 from ..host.files.store import AttentionStore
+from ..host.layer import Inputs
 from ..host.run.cost import metered
-from ..host.run.refusals import check_same_model, check_unet
+from ..host.run.model import is_unet
+from ..host.run.refusals import check_readable, check_same_model
 from ..host.unet.tree import decoder_from_second
 from . import files, sockets
-from .telling import HIDDEN, tell
+from .telling import SAYING, say, tell
 from .widgets import fraction, noise_and_sigmas, noise_and_sigmas_of, saved_file, saved_name
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ALL_READS = READS | {"queries, keys, values": Inputs._fields}
 DEVICES = {"cpu": torch.device("cpu"), "gpu": None}
 
 
@@ -39,7 +46,9 @@ class RecordAttention(io.ComfyNode):
                 fraction("cross_replace", 0.8, "Until where in the run word attention is kept: as on the controller."),
                 fraction("self_replace", 0.4, "Until where in the run structure is kept: as on the controller."),
                 fraction(
-                    "feature_replace", 0.0, "Until where features are kept: tau_f of PnP Feature Injector, else 0."
+                    "feature_replace",
+                    0.0,
+                    "Until where features are kept: tau_f of PnP Feature Injector, else 0. Flow models have none.",
                 ),
                 io.Int.Input(
                     "self_max_side",
@@ -47,7 +56,10 @@ class RecordAttention(io.ComfyNode):
                     min=1,
                     max=1024,
                     advanced=True,
-                    tooltip="The largest layer whose structure is kept, as the side of a square: as on the controller.",
+                    tooltip=(
+                        "The largest layer whose structure is kept, as the side of a square: as on the controller. In "
+                        "flow models all are kept."
+                    ),
                 ),
                 io.Int.Input(
                     "budget_mb",
@@ -57,7 +69,8 @@ class RecordAttention(io.ComfyNode):
                     tooltip=(
                         "How much memory the store may hold. Steps that do not fit run with the source beside the "
                         "target, as without a store; the cheapest steps are kept first. SD1.5 at 512 pixels and 50 "
-                        "steps takes about 1,100 MB in fp16."
+                        "steps takes about 1,100 MB in fp16; a flow model's step many times more: what it comes to "
+                        "stands under the node before it runs."
                     ),
                 ),
                 io.Combo.Input(
@@ -74,8 +87,29 @@ class RecordAttention(io.ComfyNode):
                     advanced=True,
                     tooltip="Where it is kept. On the gpu edits need not copy it, but it takes its memory.",
                 ),
+                io.String.Input(
+                    "blocks",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Whose attention is kept: double 0-18, single 0-37 in Flux, block 3 in SD3, output 4-11 in a "
+                        "UNet, or vital: those that the edit names. Empty: all, as Prompt-to-Prompt reads them."
+                    ),
+                ),
+                io.Combo.Input(
+                    "reads",
+                    options=[*ALL_READS],
+                    default=next(iter(ALL_READS)),
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "What of self-attention is kept in flow models: queries and keys for P2P and PnP, keys and "
+                        "values for MasaCtrl. UNets keep what all three are made of."
+                    ),
+                ),
             ],
-            hidden=HIDDEN,
+            hidden=SAYING,
             outputs=[
                 sockets.AttentionStore.Output(
                     "attention_store", tooltip="For P2P Attention Controller and Attention Maps."
@@ -95,21 +129,32 @@ class RecordAttention(io.ComfyNode):
         budget_mb,
         dtype,
         device,
+        blocks="",
+        reads="queries, keys",
     ) -> io.NodeOutput:
-        check_unet(model, "Record Attention")
+        check_readable(model, "Record Attention")
+        network, unet = model.model.diffusion_model, is_unet(model)
         recording = Recording(
             Window(0.0, cross_replace),
             Window(0.0, self_replace),
-            self_max_side**2,
+            self_max_side**2 if unet else math.inf,  # layers of flow models are of one size
             budget_mb << 20,
             DTYPES[dtype],
             DEVICES[device] or comfy.model_management.get_torch_device(),
             Window(0.0, feature_replace),
-            tuple(decoder_from_second(model.model.diffusion_model)[:1]) if feature_replace else (),
+            tuple(decoder_from_second(network)[:1]) if unet and feature_replace else (),
+            layers_in(network, blocks, "blocks of Record Attention") if blocks.strip() else None,
+            ALL_READS[reads],
         )
         model, cost = metered(model)
-        store = record_attention(model, trajectory, recording)
-        return tell(cls, store, ui=ui.PreviewText(f"{_summary(store, recording)} {cost.told}."))
+        plans: list[Plan] = []
+
+        def planned(plan: Plan) -> None:
+            plans.append(plan)
+            say(cls, _summary(plan, "to record"))
+
+        store = record_attention(model, trajectory, recording, planned)
+        return tell(cls, store, ui=ui.PreviewText(f"{_summary(plans[0], 'recorded')} {cost.told}."))
 
 
 class SaveAttentionStore(io.ComfyNode):
@@ -172,11 +217,9 @@ class LoadAttentionStore(io.ComfyNode):
         return io.NodeOutput(store, trajectory, *noise_and_sigmas_of(model, trajectory))
 
 
-def _summary(store: AttentionStore, recording: Recording) -> str:
-    steps = len(store.inputs)
-    wanted = sum(any(recording.wants(layer, step / steps) for layer in store.layers) for step in range(steps))
-    recorded = sum(any(t is not None for t in step) for step in store.inputs)
-    text = f"{recorded} of {wanted} edited steps recorded, {store.bytes / 2**20:,.0f} MB."
-    if recorded < wanted:
-        text += f" The budget leaves {wanted - recorded} steps to the source's own row: three rows there."
+def _summary(plan: Plan, done: str) -> str:
+    inputs, maps = (f"{size / 2**20:,.1f} MB" for size in (plan.inputs, plan.maps))
+    text = f"{len(plan.steps)} of {plan.wanted} edited steps {done}, {inputs}, and {maps} of word maps."
+    if left := plan.wanted - len(plan.steps):
+        text += f" The budget leaves {left} steps to the source's own row: three rows there."
     return text

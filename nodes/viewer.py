@@ -13,7 +13,7 @@ from ..attention.viewer import components, self_attention
 from ..host.branch.blocks import named, parse_blocks
 from ..host.files.store import AttentionStore
 from ..host.layer import Layer
-from ..host.run.refusals import check_same_model
+from ..host.run.refusals import check_same_model, check_unet
 from ..host.unet.tree import attention_of
 from . import sockets
 
@@ -53,6 +53,7 @@ class FeatureViewer(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, attention_store, show, block, pictures) -> io.NodeOutput:
+        check_unet(model, "Feature Viewer")
         check_same_model(model, attention_store.trajectory)
         layer = _chosen(attention_store, "feature" if show == FEATURES else "self", block)
         at = attention_store.layers.index(layer)

@@ -39,7 +39,7 @@ EDITS = (  # save the source and its edits, side by side or as a batch
 )
 # Each of these reads what the one before it has written.
 KEEPING = ("keep-inversion", "use-kept-inversion", "keep-direction", "use-kept-direction")
-LOOKING = ("attention-maps", "feature-viewer")
+LOOKING = ("attention-maps", "feature-viewer", "flow-attention-maps")
 MEASURING = "measure-edit"
 WITHOUT_DOWNLOAD = (*EDITS, *KEEPING, *LOOKING, MEASURING)
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")

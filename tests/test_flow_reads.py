@@ -25,7 +25,6 @@ from palimpsest.nodes.blend import LocalBlendNode
 from palimpsest.nodes.cross_attention import CrossAttentionGuidanceNode
 from palimpsest.nodes.inject import MasaCtrlNode, PnPFeatureInjector
 from palimpsest.nodes.p2p import P2PAttentionController
-from palimpsest.nodes.store import RecordAttention
 from test_flow_edit import CFG, STEPS, Parts, close, every_flow
 from test_local_blend import blend
 from tiny import execute
@@ -409,8 +408,6 @@ def test_refusals() -> None:
         resample(several, trajectory, Guidance(parts.target))
     with pytest.raises(ValueError, match="is no UNet, but feature_blocks of PnP Feature Injector reads"):
         execute(PnPFeatureInjector, **inputs, feature_blocks="output 4")
-    with pytest.raises(ValueError, match="is no UNet, but Record Attention reads"):
-        execute(RecordAttention, **inputs)
     with pytest.raises(ValueError, match="is no UNet, but Cross Attention Guidance reads"):
         execute(CrossAttentionGuidanceNode, **inputs)
     with pytest.raises(ValueError, match="Local Blend cannot tell words"):

@@ -9,6 +9,7 @@ import urllib.error
 import comfy.samplers
 import pytest
 import torch
+from comfy_api.latest import io
 from comfy_execution.graph import DynamicPrompt
 from comfy_execution.progress import ProgressHandler, add_progress_handler, reset_progress_state
 
@@ -206,6 +207,11 @@ class Sent(ProgressHandler):
     def __init__(self) -> None:
         super().__init__("webui")
         self.pictures: list[tuple] = []
+        self.texts: list[tuple] = []
+        self.server_instance, self.client_id = self, "tab"
+
+    def send_progress_text(self, text: str, node_id: str, client: str) -> None:
+        self.texts.append((text, node_id, client))
 
     def update_handler(self, node_id, value, max_value, state, prompt_id, image=None) -> None:
         self.pictures.append((node_id, image))
@@ -240,6 +246,19 @@ def test_pictures_take_a_small_share_of_the_time(sent: Sent) -> None:
 def test_without_a_server_nothing_is_drawn() -> None:
     reset_progress_state("", DynamicPrompt({}))
     Live("8").show(lambda: pytest.fail("drawn"))
+    Live("8").say("nothing")
+
+
+def test_record_attention_says_what_it_will_hold(sent: Sent, tiny: Tiny) -> None:
+    """To who has a workflow open, and to no other."""
+    widgets = {"cross_replace": 0.8, "self_replace": 0.4, "feature_replace": 0.0, "self_max_side": 32}
+    widgets |= {"budget_mb": 2048, "dtype": "fp32", "device": "cpu"}
+    expected = "4 of 4 edited steps to record, 0.2 MB, and 0.1 MB of word maps."
+    for workflow, texts in ({}, []), ({"workflow": {}}, []), ({"workflow": {"id": 1}}, [(expected, "8", "tab")]):
+        hidden = {io.Hidden.unique_id: "8", io.Hidden.extra_pnginfo: workflow}
+        node = RecordAttention.PREPARE_CLASS_CLONE({"hidden_inputs": hidden})
+        node.execute(tiny.model, tiny.trajectory, **widgets)
+        assert sent.texts == texts
 
 
 def test_local_blend_shows_its_words_while_sampling(tiny: Tiny) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from palimpsest.attention.alignment import Carry
 from palimpsest.attention.local_blend import LocalBlend
 from palimpsest.attention.p2p import PromptToPrompt, Window
-from palimpsest.attention.record import Recording, record_attention
+from palimpsest.attention.record import Plan, Recording, record_attention
 from palimpsest.host.branch.source import attach, attach_blend
 from palimpsest.host.files.store import AttentionStore
 from palimpsest.host.files.trajectory import Trajectory
@@ -236,6 +236,31 @@ def test_split_calls_with_a_store(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -
     assert rows == [1] * 10
 
 
+def test_bytes_are_told_after_the_first_step(tiny: Tiny) -> None:
+    counted, rows = rows_of(tiny.model)
+    for changes in ({}, {"dtype": torch.float16}, {"side": 4}, {"budget": 3 * STEP}):
+        told: list[tuple[Plan, int]] = []
+        rows.clear()
+        asked = recording(**changes)
+        store = record_attention(
+            counted, tiny.trajectory, asked, lambda plan, told=told: told.append((plan, len(rows)))
+        )
+        ((plan, calls),) = told
+        assert calls == 1
+        assert (plan.inputs, plan.maps) == (store.bytes, sum(maps.nbytes for maps in store.maps))
+        assert plan.steps == tuple(i for i, step in enumerate(store.inputs) if any(t is not None for t in step))
+        assert plan.wanted == 4
+
+
+def test_blocks_are_those_asked_for(tiny: Tiny) -> None:
+    blocks = {("input", 3), ("output", 1)}
+    asked = Recording(**vars(recording()) | {"layers": frozenset((block, 0) for block in blocks)})
+    store = record_attention(tiny.model, tiny.trajectory, asked)
+    held = {layer.block_id for layer, t in zip(store.layers, store.inputs[0], strict=True) if t is not None}
+    assert held == blocks
+    assert len(store.maps) == 2  # of all blocks, as ever
+
+
 @pytest.mark.parametrize(("dtype", "apart"), [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
 def test_stores_of_half_precision(tiny: Tiny, dtype: torch.dtype, apart: float) -> None:
     """Half the bytes; the edit differs by what they round."""
@@ -442,6 +467,8 @@ def test_damaged_files_are_refused_in_a_sentence(tiny: Tiny, tmp_path: Path) -> 
     refused("its maps do not fit its trajectory")
     save_file({k: v for k, v in tensors.items() if k != "sigmas"}, path, metadata)
     refused("damaged attention store: 'sigmas' is missing")
+    save_file(tensors, path, {k: v for k, v in metadata.items() if k not in ("fields", "before")})
+    assert same(AttentionStore.load(path), recorded(tiny))  # files of before there were these
     path.write_bytes(whole)
     with pytest.raises(ValueError, match="is no trajectory"):
         Trajectory.load(path)

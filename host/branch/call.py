@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..dit.architectures import architecture_of, padded, turned
 from ..dit.attention import Attend as JointAttend
 from ..dit.attention import Joint, Parts
-from ..layer import Block, Inputs, Layer, Read, Rule
+from ..layer import Block, Inputs, Layer, Read, Rule, fields_read
 from ..run.refusals import (
     check_divided,
     check_positions_kept,
@@ -62,7 +62,7 @@ class Call:
     word_maps: WordMaps | None
     beside: int | None = None  # the negative prompt at the source's state, where that guides the source's prediction
     kept: dict[Layer, Inputs] = field(default_factory=dict)  # of the source, from the store or from its own row
-    before: int = 0  # the tokens before the source's image, in a flow transformer
+    before: int = 0  # the tokens before the source's image, in a flow transformer; told by a store, or its own row
     ran: set[int] = field(default_factory=set)  # the chunks that the UNet was run for: another node may leave them out
 
     def attention(self, kind: str, rows: Inputs, extra_options: dict) -> Inputs:
@@ -124,17 +124,15 @@ class Call:
             tokens = self.tokens[0 if chunks[at] == self.source else 1]
             return rows.parts(at, tokens, padded(model, tokens))
 
-        supplied = self.kept
+        supplied = {kind: _like(self.kept[kind], tensors[0]) for kind in (layer, crossing) if kind in self.kept}
         if self.source in chunks:
             at = chunks.index(self.source)
             supplied = {layer: rows.image(at)}
-            wanted = {layer: {*rules[layer].reads} if layer in rules else set()}
             if crossing in rules:
                 supplied[crossing] = Inputs(None, *(part.words for part in parts(at)))
-                wanted |= {layer: wanted[layer] | {"query"}, crossing: {*rules[crossing].reads} - {"query"}}
             self.before = joint.where.start
             if any(self.awaited(rule, chunks) for rule in rules.values()):
-                self.kept |= {kind: _copied(supplied[kind], fields) for kind, fields in wanted.items()}
+                self.kept |= {kind: _copied(given, fields_read(kind, self.rules)) for kind, given in supplied.items()}
         if architecture_of(model).turned and (by := joint.where.start - self.before):
             supplied = {kind: _turned(model, supplied[kind], by) for kind in (layer, crossing) if kind in supplied}
         images = [rows.image(at) for at in range(len(chunks))]
@@ -298,6 +296,11 @@ class Call:
 
 def _expanded(inputs: Inputs, rows: int) -> Inputs:
     return Inputs(*(t if t is None else t.expand(rows, *t.shape[1:]) for t in inputs))
+
+
+def _like(inputs: Inputs, tensor: Tensor) -> Inputs:
+    """Inputs where the tensors of an attention are, and of their precision: a store may keep them elsewhere."""
+    return Inputs(*(t if t is None else t.to(tensor) for t in inputs))
 
 
 def _copied(inputs: Inputs, fields: Iterable[str]) -> Inputs:

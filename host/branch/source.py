@@ -31,7 +31,7 @@ from ..dit.architectures import architecture_of, grid
 from ..dit.attention import joint_attention
 from ..files.store import AttentionStore
 from ..files.trajectory import Trajectory
-from ..layer import Blend, Block, Edit, Inputs, Layer, Rule
+from ..layer import Blend, Block, Edit, Inputs, Layer, Rule, fields_read
 from ..run.model import is_flow, is_unet, noise_latent, start_of
 from ..run.refusals import (
     check_all_images,
@@ -235,7 +235,8 @@ class _Run:
         tokens = self.source["cross_attn"].shape[1], positive[0]["cross_attn"].shape[1]
         source = len(conds) if kept is None else None
         beside = len(conds) + 1 if self.predicts(target) and self.branch.cfg != 1 else None
-        return Call(rules, index, state, source, target, present, tokens, word_maps, beside, kept or {})
+        before = 0 if kept is None else self.branch.store.before
+        return Call(rules, index, state, source, target, present, tokens, word_maps, beside, kept or {}, before)
 
     def predicts(self, target: int | None) -> bool:
         """Whether the source's prediction is read from a call with the target in it: the first of a step."""
@@ -263,6 +264,8 @@ class _Run:
             if of_source is None:
                 return None
             word_maps.give_source(of_source)
+        if store.fields:
+            return store.joint_at(index, {layer: fields_read(layer, rules) for layer in store.layers})
         features = {block for rule in rules for block in rule.features}
         recorded = [layer for layer in store.layers if layer.kind == "feature" and layer.block_id in features]
         if len(recorded) < len(features):
@@ -309,7 +312,8 @@ def _outer_sample(
         if branch.store is not None and run.live:
             logging.warning(
                 f"Palimpsest: the attention store lacks {len(run.live)} of {branch.trajectory.steps} steps, which ran "
-                "with the source's row: raise the fractions of Record Attention, its self_max_side or its budget_mb."
+                "with the source's row: raise the fractions of Record Attention, its self_max_side or its budget_mb, "
+                "and give it the blocks and reads of the edit."
             )
         end = branch.trajectory.index(float(sigmas[-1]))
         if branch.blend is None or end is None:

@@ -23,27 +23,32 @@ from ..layer import Block
 class Architecture(NamedTuple):
     """blocks: attributes of the model that hold its main blocks, in the order they run in, and what to call them.
     text: finds the linear layer that takes the prompt's embeddings.
+    width: the attribute that holds the channels of a token in their attention.
     image_first: whether the image's tokens come before the text's; they come after it, but for reference images.
     turned: whether image positions begin after the text, so that keys of a prompt of another length have to be turned.
     """
 
     blocks: dict[str, str]
     text: Callable[[nn.Module], nn.Linear]
+    width: str
     image_first: bool = False
     turned: bool = False
 
 
 STREAMS = {"double_blocks": "double", "single_blocks": "single"}
 ARCHITECTURES: dict[type[nn.Module], Architecture] = {
-    Flux: Architecture(STREAMS, lambda model: model.txt_in),
-    Chroma: Architecture(STREAMS, lambda model: model.txt_in),
-    OpenAISignatureMMDITWrapper: Architecture({"joint_blocks": "block"}, lambda model: model.context_embedder),
-    QwenImageTransformer2DModel: Architecture({"transformer_blocks": "block"}, lambda model: model.txt_in),
-    NextDiT: Architecture({"layers": "block"}, lambda model: model.cap_embedder[1], turned=True),
-    WanModel: Architecture({"blocks": "block"}, lambda model: model.text_embedding[0], image_first=True),
+    Flux: Architecture(STREAMS, lambda model: model.txt_in, "hidden_size"),
+    Chroma: Architecture(STREAMS, lambda model: model.txt_in, "hidden_size"),
+    OpenAISignatureMMDITWrapper: Architecture(
+        {"joint_blocks": "block"}, lambda model: model.context_embedder, "hidden_size"
+    ),
+    QwenImageTransformer2DModel: Architecture({"transformer_blocks": "block"}, lambda model: model.txt_in, "inner_dim"),
+    NextDiT: Architecture({"layers": "block"}, lambda model: model.cap_embedder[1], "dim", turned=True),
+    WanModel: Architecture({"blocks": "block"}, lambda model: model.text_embedding[0], "dim", image_first=True),
     HiDreamImageTransformer2DModel: Architecture(
         {"double_stream_blocks": "double", "single_stream_blocks": "single"},
         lambda model: model.caption_projection[-1].linear,
+        "inner_dim",
         image_first=True,
     ),
 }
@@ -64,6 +69,11 @@ def dit_blocks(model: nn.Module) -> list[Block]:
     """The main blocks in the order that they run in: ("double", 0), ..., ("single", 37)."""
     blocks = ARCHITECTURES[type(model)].blocks
     return [(name, number) for held, name in blocks.items() for number in range(len(getattr(model, held)))]
+
+
+def width(model: nn.Module) -> int:
+    """The channels of a token's query, key or value, of all heads."""
+    return getattr(model, ARCHITECTURES[type(model)].width)
 
 
 def grid(model: nn.Module, latent: Tensor) -> tuple[int, int]:

@@ -21,13 +21,18 @@ class AttentionStore(NamedTuple):
     inputs: by step and layer, the query input of the source's row [b, positions, channels] (in self-attention also the
     key and value input), or its residual features [b, channels, h, w]; None where not recorded.
     maps: by size of layer, [n, b, h, w, tokens] fp32: at each step the source's cross-attention map, its mean over
-    heads and layers.
+    heads and layers; none where words cannot be told apart.
+    fields: of a flow transformer, which field of `Inputs` each of the inputs is; a layer then stands in `layers` once
+    for each that was seen of it. Empty for UNets.
+    before: the tokens before the source's image, in a flow transformer.
     """
 
     trajectory: Trajectory
     layers: tuple[Layer, ...]
     inputs: tuple[tuple[Tensor | None, ...], ...]
     maps: tuple[Tensor, ...]
+    fields: tuple[str, ...] = ()
+    before: int = 0
 
     @property
     def bytes(self) -> int:
@@ -46,6 +51,17 @@ class AttentionStore(NamedTuple):
             kept[layer] = Inputs(query, *((context, context) if layer.kind == "cross" else (query, query)))
         return kept
 
+    def joint_at(self, step: int, wanted: dict[Layer, set[str]]) -> dict[Layer, Inputs] | None:
+        """What the source's row supplies to layers of a flow transformer at a step, the `wanted` fields of each.
+
+        None where one of them was not recorded.
+        """
+        recorded = dict(zip(zip(self.layers, self.fields, strict=True), self.inputs[step], strict=True))
+        found = {layer: {field: recorded.get((layer, field)) for field in wanted[layer]} for layer in wanted}
+        if any(tensor is None for fields in found.values() for tensor in fields.values()):
+            return None
+        return {layer: Inputs(None, None, None)._replace(**fields) for layer, fields in found.items()}
+
     def word_maps(self, step: int, columns: Tensor, size: tuple[int, int]) -> Tensor | None:
         """[b, m, h, w]: the maps of phrases given by columns [b, tokens, m]; None where none of that size are held."""
         maps = next((maps for maps in self.maps if maps.shape[2:4] == size), None)
@@ -56,7 +72,9 @@ class AttentionStore(NamedTuple):
         tensors = {f"maps.{i}": maps for i, maps in enumerate(self.maps)}
         for step, inputs in enumerate(self.inputs):
             tensors |= {f"inputs.{step}.{i}": t for i, t in enumerate(inputs) if t is not None}
-        write_file(path, FORMAT, self.trajectory, tensors, {"layers": json.dumps(self.layers)})
+        layout = {"layers": self.layers, "fields": self.fields, "before": self.before}
+        written = {name: json.dumps(value) for name, value in layout.items()}
+        write_file(path, FORMAT, self.trajectory, tensors, written)
 
     @classmethod
     def load(cls, path: Path) -> AttentionStore:
@@ -66,10 +84,16 @@ class AttentionStore(NamedTuple):
     @classmethod
     def _parse(cls, trajectory: Trajectory, tensors: dict[str, Tensor], metadata: dict[str, str]) -> AttentionStore:
         layers = tuple(Layer(*layer) for layer in json.loads(metadata["layers"]))
+        fields = tuple(
+            json.loads(metadata.get("fields", "[]"))
+        )  # files of before there were flow transformers' lack both
+        before = int(metadata.get("before", 0))
         inputs = tuple(
             tuple(tensors.get(f"inputs.{step}.{i}") for i in range(len(layers))) for step in range(trajectory.steps)
         )
         maps = tuple(tensors[f"maps.{i}"] for i in range(sum(name.startswith("maps.") for name in tensors)))
         if any(len(t) != trajectory.steps for t in maps):
             raise ValueError("its maps do not fit its trajectory")
-        return cls(trajectory, layers, inputs, maps)
+        if fields and (len(fields) != len(layers) or not {*fields} <= {*Inputs._fields}):
+            raise ValueError("its fields do not fit its layers")
+        return cls(trajectory, layers, inputs, maps, fields, before)

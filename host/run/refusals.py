@@ -591,9 +591,14 @@ def check_prompt_kept(tokens: int, kept: int) -> None:
         )
 
 
+def prompt_in_place(tokens: int, kept: int, padded: int) -> bool:
+    """Whether `tokens` before the image are a prompt of `kept`, `padded` behind or cut short."""
+    return 0 < tokens <= kept or tokens == padded
+
+
 def check_prompt_in_place(tokens: int, kept: int, padded: int) -> None:
-    """Raises ValueError where `tokens` before the image are not a prompt of `kept`, `padded` behind or cut short."""
-    if not tokens or (tokens > kept and tokens != padded):
+    """Raises ValueError where `tokens` before the image are another prompt than that."""
+    if not prompt_in_place(tokens, kept, padded):
         raise ValueError(
             f"A prompt of {kept} tokens has {tokens} inside this MODEL, among which its words cannot be found: encode "
             "it with the CLIP that belongs to the MODEL, and remove patches that change prompts."
