@@ -12,7 +12,7 @@ inside sees the same, where all layers read so in all steps. The paper has it fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -46,48 +46,67 @@ class MasaCtrl:
                 f"MasaCtrl has {len(self.mask)} masks for {batch} images: connect one mask, or one for each image."
             )
 
-    def at(self, fraction: float) -> MasaCtrl | None:
+    def at(self, fraction: float) -> _Rule | None:
         everything_own = self.mask is not None and bool((self.mask > OWN).all())
-        return None if fraction < self.start or everything_own else self
+        return None if fraction < self.start or everything_own else _Rule(self)
 
     node = "MasaCtrl"
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """The edit in one model call. own, parts: what its masks come to, for layers of one size."""
+
+    edit: MasaCtrl
+    own: dict[tuple, Tensor] = field(default_factory=dict, compare=False)
+    parts: dict[tuple, tuple[Part, ...]] = field(default_factory=dict, compare=False)
+    node = MasaCtrl.node
     everyone = True
     reads = ("key", "value")
     features = ()
 
     def wants(self, layer: Layer) -> bool:
-        return layer.kind == "self" and (layer.block_id, layer.index) in self.layers
+        return layer.kind == "self" and (layer.block_id, layer.index) in self.edit.layers
 
     def read(self, layer: Layer, source: Inputs, target: Inputs) -> tuple[Read, ...]:
         key, value = source.key, source.value
-        if self.mask is not None:
-            own = self._own(layer)
-            key, value = _chosen(own, target.key, key), _chosen(own, target.value, value)
-        if self.masks is None:
-            if self.union:
-                key, value = torch.cat([key, target.key], 1), torch.cat([value, target.value], 1)
-            return (Read(Inputs(target.query, key, value)),)
+        place = layer.height, layer.width, key.device, key.dtype
+        if self.edit.mask is not None:
+            if place not in self.own:
+                self.own[place] = _own(self.edit, layer).to(key.device)
+            key, value = (_chosen(self.own[place], *each) for each in ((target.key, key), (target.value, value)))
+        if self.edit.union:
+            key, value = torch.cat([key, target.key], 1), torch.cat([value, target.value], 1)
         read = Read(Inputs(target.query, key, value))
-        foreground, wanted = (_resized(mask, layer) for mask in self.masks)
-        foreground = foreground > 0.5
-        if foreground.all() or not foreground.any():  # the source has nothing to keep apart here
+        if self.edit.masks is None:
             return (read,)
-        parts = tuple(
-            Part(keys.nonzero().flatten().to(key.device), weight[:, None].to(key))
-            for keys, weight in ((foreground, wanted), (~foreground, 1 - wanted))
-            if weight.any()
-        )
-        return (read._replace(parts=parts),)
+        if place not in self.parts:
+            self.parts[place] = _parts(self.edit.masks, layer, key)
+        return (read._replace(parts=self.parts[place]),)
 
-    def _own(self, layer: Layer) -> Tensor:
-        """[1 or b, positions], True where the target reads itself"""
-        size = layer.height // self.frames, layer.width
-        return (interpolate(self.mask[:, None], size, mode="area") > OWN).flatten(1).repeat(1, self.frames)
+
+def _own(edit: MasaCtrl, layer: Layer) -> Tensor:
+    """[1 or b, positions], True where the target reads itself"""
+    size = layer.height // edit.frames, layer.width
+    return (interpolate(edit.mask[:, None], size, mode="area") > OWN).flatten(1).repeat(1, edit.frames)
 
 
 def _chosen(own: Tensor, one: Tensor, other: Tensor) -> Tensor:
     """[b, positions, ...]: `one` where own [1 or b, positions] is True, `other` elsewhere."""
-    return torch.where(own.to(one.device).view(*own.shape, *[1] * (one.ndim - 2)), one, other)
+    return torch.where(own.view(*own.shape, *[1] * (one.ndim - 2)), one, other)
+
+
+def _parts(masks: tuple[Tensor, Tensor], layer: Layer, key: Tensor) -> tuple[Part, ...]:
+    """The attention of foreground to foreground and of background to background, as tensors like `key`."""
+    foreground, wanted = (_resized(mask, layer) for mask in masks)
+    foreground = foreground > 0.5
+    if foreground.all() or not foreground.any():  # the source has nothing to keep apart here
+        return ()
+    return tuple(
+        Part(keys.nonzero().flatten().to(key.device), weight[:, None].to(key))
+        for keys, weight in ((foreground, wanted), (~foreground, 1 - wanted))
+        if weight.any()
+    )
 
 
 def _resized(mask: Tensor, layer: Layer) -> Tensor:
