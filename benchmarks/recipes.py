@@ -28,6 +28,7 @@ from ..demo.edits import Edit
 from ..guidance.cross_attention import CrossAttentionGuidance
 from ..guidance.proximal import INVERSION, Proximal
 from ..guidance.rf_inversion import ImagePull
+from ..guidance.uni_edit import UniEdit
 from ..host.branch.blocks import last_layers, layout_blocks
 from ..host.branch.guide import attach_guide
 from ..host.branch.guided import attach_rule
@@ -144,6 +145,13 @@ def second_order(batch: Batch) -> Inverted:
 def uni_inv(batch: Batch) -> Inverted:
     trajectory = invert(batch.model, Guidance(batch.source), batch.latent, batch.sigmas, solver=UNI_INV)
     return Inverted(batch.model, trajectory, batch.negative, euler())
+
+
+def uni_inv_in_part(batch: Batch) -> Inverted:
+    """The last 0.7 of the schedule, without a prompt; the source's is the edit's negative (arXiv 2504.13109)."""
+    sigmas = batch.sigmas[-round(0.7 * batch.steps) - 1 :]
+    trajectory = invert(batch.model, Guidance(batch.negative), batch.latent, sigmas, solver=UNI_INV)
+    return Inverted(batch.model, trajectory, batch.source, euler())
 
 
 def drifting(batch: Batch) -> Inverted:
@@ -307,6 +315,19 @@ def masactrl(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
     return attach(inverted.model, inverted.trajectory, rule), batch.target
 
 
+def kv_edit(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
+    """arXiv 2502.17363: what is outside the true mask is the source's, for attention too."""
+    mask = true_mask(batch)[:, 0]
+    rule = MasaCtrl(last_layers(inverted.model.model.diffusion_model, 0), 0.0, False, None, mask)
+    model = attach(inverted.model, inverted.trajectory, rule)
+    blend = LocalBlend(None, 0, None, 0.3, 0.3, 0.0, 1, mask, False)
+    return attach_blend(model, inverted.trajectory, blend), batch.target
+
+
+def uni_edit(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
+    return attach_rule(inverted.model, UniEdit(1.0)), batch.target
+
+
 def flow_edit_along(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
     """Flow Edit whose source is where the inversion had it, in place of under noise."""
     return edit_trajectory(inverted.model, inverted.trajectory), batch.target
@@ -322,7 +343,7 @@ def image_pull(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
     return attach_pull(inverted.model, inverted.trajectory.states[-1], pull), batch.target
 
 
-DDIM, NULL_TEXT, OF_FLOWS = "DDIM", "null text", "Uni-Inv"
+DDIM, NULL_TEXT, OF_FLOWS, OF_FLOWS_IN_PART = "DDIM", "null text", "Uni-Inv", "Uni-Inv of 0.7"
 INVERSIONS: dict[str, Callable[[Batch], Inverted]] = {
     DDIM: ddim,
     "drifting DDIM": drifting,
@@ -365,6 +386,8 @@ GRID += [(inversion, editor) for inversion in VIRTUAL for editor in ("naive", "P
 GRID += [("virtual InfEdit", "InfEdit's control")]
 INVERSIONS |= ABLATIONS | VIRTUAL
 INVERSIONS["TurboEdit"] = turbo_edit  # for few steps alone: `bench steps`
+INVERSIONS[OF_FLOWS_IN_PART] = uni_inv_in_part
+EDITORS |= {"KV-Edit, true mask": kv_edit, "UniEdit": uni_edit}  # of flows alone
 UPON = dict.fromkeys(("drifting DDIM", "negative prompt", NULL_TEXT, *ABLATIONS), DDIM)
 UPON["null text, of the source alone"] = NULL_TEXT
 
@@ -431,8 +454,18 @@ UNINVERTED: dict[str, Callable[[Batch], Tensor]] = {
     "Flow Edit at 0.9, DiffEdit's mask": partial(flow_edit, 0.9, mask_of=differing_mask),
     "Flow Edit at 0.9, true mask": partial(flow_edit, 0.9, mask_of=true_mask),
 }
-FLOW_EDITORS = "naive", "P2P", "P2P, blended", "PnP", "MasaCtrl", "Flow Edit", "Image Pull", "DiffEdit"
-FLOW_GRID = [(OF_FLOWS, editor) for editor in FLOW_EDITORS]
+FLOW_EDITORS = (
+    "naive",
+    "P2P",
+    "P2P, blended",
+    "PnP",
+    "MasaCtrl",
+    "KV-Edit, true mask",
+    "Flow Edit",
+    "Image Pull",
+    "DiffEdit",
+)
+FLOW_GRID = [(OF_FLOWS, editor) for editor in FLOW_EDITORS] + [(OF_FLOWS_IN_PART, "UniEdit")]
 RECIPES = {
     model: [*UNINVERTED, *(" + ".join(pair) for pair in pairs)]
     for model, pairs in {"unet": GRID, "few-step": GRID, "flow": FLOW_GRID}.items()

@@ -23,6 +23,7 @@ from palimpsest.attention.viewer import components, self_attention
 from palimpsest.benchmarks.architectures import CONFIGS, UNETS
 from palimpsest.host.branch.blocks import last_layers, named, parse_blocks
 from palimpsest.host.branch.source import attach
+from palimpsest.host.layer import Inputs, Layer
 from palimpsest.host.unet.tree import all_layers, blocks_with, decoder_from_second
 from palimpsest.inversion.run import Guidance, record
 from palimpsest.nodes.inject import MasaCtrlNode, PnPFeatureInjector
@@ -252,6 +253,18 @@ def test_each_image_has_its_own_mask(tiny: Tiny) -> None:
     for result, mask in zip(both.split(1), masks.split(1), strict=True):
         alone = tiny.sample(attach(tiny.model, tiny.trajectory, kv_edit(tiny, mask)))
         torch.testing.assert_close(result, alone, rtol=1e-3, atol=1e-3)
+
+
+def test_layers_of_a_call_share_what_masks_come_to(tiny: Tiny) -> None:
+    """On a graphics card each would be a copy to it, in every layer."""
+    layer, inputs = Layer("self", "output", 1, 0, 8, 8), Inputs(*(torch.zeros(1, 64, 4) for _ in range(3)))
+    half = (torch.arange(64) < 32).view(8, 8).float()
+    rule = masactrl(tiny, masks=(half, half)).at(0.5)
+    first, second = (rule.read(layer, inputs, inputs)[0].parts for _ in range(2))
+    assert len(first) == 2
+    assert first is second
+    smaller = Inputs(*(torch.zeros(1, 16, 4) for _ in range(3)))
+    assert len(rule.read(layer._replace(height=4, width=4), smaller, smaller)[0].parts[0].keys) == 8
 
 
 def test_no_op_settings_equal_the_plain_sampler_bit_for_bit(tiny: Tiny) -> None:
