@@ -298,6 +298,30 @@ def test_rows_a_step(tiny: Tiny, name: str) -> None:
     assert rows == ([3, 3, 3, 3, 2] if name == "pnp" else [2, 2, 2, 3, 3])
 
 
+COPIED = {"pnp": ({"query", "key"}, 1), "masactrl": ({"key", "value"}, 1), "p2p": ({"query", "key"}, 1)}
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_what_a_layer_reads_is_copied_once(tiny: Tiny, name: str) -> None:
+    """The host gives a layer one tensor as queries, keys and values: a changed one is held beside it, and no third."""
+    made = {"pnp": PNP, "masactrl": masactrl(tiny, 0, start=0.0), "p2p": swap(some_mapper())}[name]
+    alike, held = COPIED[name]
+    seen: list[tuple[set[str], int]] = []
+
+    def look(query: Tensor, key: Tensor, value: Tensor, extra: dict) -> tuple[Tensor, Tensor, Tensor]:
+        places: dict[int, set[str]] = {}
+        for field, tensor in zip(Inputs._fields, (query, key, value), strict=True):
+            places.setdefault(tensor.data_ptr(), set()).add(field)
+        seen.append((max(places.values(), key=len), len(places) - 1))
+        return query, key, value
+
+    model = attach(tiny.model, tiny.trajectory, made)
+    model.set_model_attn1_patch(look)
+    tiny.sample(model)
+    assert (alike, held) in seen
+    assert all(more <= held for _, more in seen)
+
+
 @pytest.mark.parametrize("name", ["pnp", "masactrl", "masked masactrl"])
 def test_a_store_stands_in_for_the_source_row(tiny: Tiny, name: str) -> None:
     edit = PNP if name == "pnp" else masactrl(tiny, masks=MASKED["disks"] if "masked" in name else None)

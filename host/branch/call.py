@@ -95,8 +95,8 @@ class Call:
         extra_options[READS] = reads
         extra_options[CHUNKS] = [*chunks, *[TERM] * len(further)]
         extra_options["cond_or_uncond"] = [*seen, *[seen[at] for at in further]]
-        places = {at: slice_of(rows.query, chunks, at) for at in reads}
-        return _with_rows(rows, places, {at: [_scaled(t, len(terms)) for t in terms] for at, terms in reads.items()})
+        scaled = {at: [_scaled(term, len(terms)) for term in terms] for at, terms in reads.items()}
+        return _with_rows(rows, len(chunks), scaled)
 
     def joint(
         self,
@@ -320,26 +320,41 @@ def slice_of(tensor: Tensor, chunks: list[int], at: int) -> slice:
     return slice(at * size, (at + 1) * size)
 
 
-def _with_rows(rows: Inputs, places: dict[int, slice], terms: dict[int, list[Inputs]]) -> Inputs:
+def _with_rows(rows: Inputs, chunks: int, terms: dict[int, list[Inputs]]) -> Inputs:
     """`rows` with each chunk's first term in its place, and the further terms behind all rows, in order.
 
-    Token counts that differ are tiled, which leaves attention unchanged.
+    Token counts that differ are tiled, which leaves attention unchanged. What does not change is not copied, and what
+    is the same for several arguments once: the host shares these tensors between them.
     """
-    placed = [term for chunk in terms.values() for term in chunk]
-    tokens = math.lcm(rows.key.shape[1], *(term.key.shape[1] for term in placed))
+    own = [Inputs(*each) for each in zip(*(t.chunk(chunks) for t in rows), strict=True)]
+    parts = [terms[at][0] if at in terms else own[at] for at in range(chunks)]
+    parts += [term for _, *rest in terms.values() for term in rest]
+    tokens = math.lcm(*(part.key.shape[1] for part in parts))
+    lengths = Inputs(rows.query.shape[1], tokens, tokens)._asdict()
+    made: dict[str, Tensor] = {}
+    for name, length in lengths.items():
+        tensors = [getattr(part, name) for part in parts]
+        alike = (
+            other
+            for other in made
+            if length == lengths[other] and all(_same(getattr(part, other), getattr(part, name)) for part in parts)
+        )
+        if len(parts) == chunks and all(_same(t, getattr(one, name)) for t, one in zip(tensors, own, strict=True)):
+            made[name] = _tiled(getattr(rows, name), length)
+        elif (other := next(alike, None)) is not None:
+            made[name] = made[other]
+        else:
+            made[name] = torch.cat([_tiled(tensor, length) for tensor in tensors])
+    return Inputs(**made)
 
-    def joined(name: str, length: int) -> Tensor:
-        def tiled(inputs: Inputs) -> Tensor:
-            tensor = getattr(inputs, name)
-            return tensor.repeat(1, length // tensor.shape[1], 1)
 
-        result = tiled(rows)  # a copy: the host shares these tensors between arguments
-        for at, (first, *_) in terms.items():
-            result[places[at]] = tiled(first)
-        further = [tiled(term) for _, *rest in terms.values() for term in rest]
-        return torch.cat([result, *further]) if further else result
+def _tiled(tensor: Tensor, tokens: int) -> Tensor:
+    return tensor if tensor.shape[1] == tokens else tensor.repeat(1, tokens // tensor.shape[1], 1)
 
-    return Inputs(joined("query", rows.query.shape[1]), joined("key", tokens), joined("value", tokens))
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether both are the same view of the same memory."""
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
 
 
 def _scaled(term: Read, terms: int) -> Inputs:
