@@ -8,7 +8,8 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.model_base import ModelType
-from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
+from comfy_extras.nodes_custom_sampler import CFGOverride, Guider_Basic, Guider_DualCFG
+from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from torch import Tensor
 
 from flows import FLOWS, Flow
@@ -82,6 +83,16 @@ def test_equals_it_on_unets(kind: ModelType) -> None:
     assert not close(ours, tiny.sample(tiny.model, negative=tiny.source, cfg=OMEGA), 0.05)
 
 
+@pytest.mark.parametrize("cfg", [OMEGA, 1.0])
+def test_omega_is_that_of_a_cfg_override(tiny: Tiny, cfg: float) -> None:
+    expected = tiny.sample(guided(tiny.model), negative=tiny.source, cfg=cfg)
+    for model in (
+        guided(CFGOverride.execute(tiny.model, cfg, 0.0, 1.0)[0]),
+        CFGOverride.execute(guided(tiny.model), cfg, 0.0, 1.0)[0],
+    ):
+        assert torch.equal(tiny.sample(model, negative=tiny.source, cfg=2.0), expected)
+
+
 def test_its_ends(tiny: Tiny) -> None:
     plain = tiny.sample(tiny.model)
     assert guided(tiny.model, 0.0) is tiny.model
@@ -132,9 +143,13 @@ def test_refusals(tiny: Tiny) -> None:
     basic.set_conds(tiny.target)
     dual.set_conds(tiny.target, tiny.source, tiny.negative)
     dual.set_cfg(4.0, 2.0)
+    third = Guider_PerpNeg(model)
+    third.set_conds(tiny.target, tiny.source, tiny.negative)
+    third.set_cfg(OMEGA, 0.0)
     for guider, sentence in (
         (basic, "compares the prompt with the negative one, of which this run has none: use CFGGuider"),
         (dual, "UniEdit Guidance has no effect in the guider Guider_DualCFG"),
+        (third, "UniEdit Guidance guides from the negative prompt, but this run's guider from a third one: use CFG"),
     ):
         with pytest.raises(ValueError, match=sentence):
             guider.sample(torch.zeros_like(tiny.noise), tiny.noise, euler, tiny.sigmas, disable_pbar=True, seed=0)
