@@ -10,6 +10,7 @@ import torch
 from comfy.model_base import ModelType
 from comfy_extras.nodes_custom_sampler import CFGOverride, Guider_Basic, Guider_DualCFG
 from comfy_extras.nodes_perpneg import Guider_PerpNeg
+from nodes import KSamplerAdvanced
 from torch import Tensor
 
 from flows import FLOWS, Flow
@@ -186,6 +187,35 @@ def test_an_edit_along_it(name: str) -> None:
     edited = attach(parts.model, trajectory, MasaCtrl(frozenset(layers), 0.0, False, None))
     ours = resample(edited, trajectory, Guidance(parts.target, parts.negative, CFG))
     assert close(ours, pair(parts, flow, trajectory, list(range(len(layers))), KV), 1e-4)
+
+
+def test_ksampler_advanced_starts_where_it_does() -> None:
+    for parts, scheduler in ((Tiny(), "ddim_uniform"), (Parts(FLOWS["Flux"]), "simple")):
+        trajectory, noise, _ = execute(
+            DDIMInversion,
+            model=parts.model,
+            source=parts.source,
+            image={"samples": parts.image},
+            steps=5,
+            schedule=scheduler,
+            strength=0.6,
+        )
+        layers = frozenset(attention_layers(parts.model.model.diffusion_model))
+        edited = attach(parts.model, trajectory, MasaCtrl(layers, 0.0, False, None))
+
+        def advanced(start: int, parts=parts, scheduler=scheduler, edited=edited, noise=noise) -> Tensor:
+            given = edited, "disable", 0, 5, CFG, "euler", scheduler, parts.target, parts.negative, noise
+            (latent,) = KSamplerAdvanced().sample(*given, start, 5, "disable")
+            return latent["samples"]
+
+        ours = resample(edited, trajectory, Guidance(parts.target, parts.negative, CFG))
+        steps = len(comfy.samplers.calculate_sigmas(parts.model.get_model_object("model_sampling"), scheduler, 5)) - 1
+        left = steps - trajectory.steps
+        assert close(advanced(left), ours, 1e-6)
+        with pytest.raises(
+            ValueError, match=rf"runs {steps} steps, of which .* the last 3, .* start_at_step .* Advanced to {left}\."
+        ):
+            advanced(0)
 
 
 def test_no_part_of_it_is_refused(tiny: Tiny) -> None:
