@@ -121,6 +121,18 @@ def test_maps_are_those_written_out(name: str, images: int) -> None:
     torch.testing.assert_close(heat.double(), means / means.amax((1, 2), keepdim=True), rtol=1e-3, atol=1e-3)
 
 
+def test_maps_of_a_prompt_that_is_padded_behind() -> None:
+    """As Flux.2 klein's text encoder pads it; a shorter one the model pads before, as Flux.2 dev's, and has no maps."""
+    flow = FLOWS["Flux.2"]
+    for tokens, sizes in ((512, [(STEPS, 1, 4, 4, 512)]), (4, [])):
+        parts = Parts(flow)
+        parts.source = flow.prompt(1, tokens)
+        trajectory = invert(parts.model, Guidance(parts.source), parts.image, parts.sigmas)
+        store = record_attention(parts.model, trajectory, recording(NEVER, NEVER))
+        assert [maps.shape for maps in store.maps] == sizes
+        assert all((maps > 0).all() for maps in store.maps)
+
+
 def test_a_blend_of_words_takes_them_from_a_store() -> None:
     """The maps are the live ones, and no row of the source is run for them."""
     for name in ("Flux", "SD3.5 medium", "Z-Image"):
