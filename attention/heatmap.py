@@ -31,8 +31,8 @@ def word_heat(
     if not store.maps:
         raise ValueError(
             f"The attention store of this {store.trajectory.model.name} holds no maps of words: Record Attention keeps "
-            "them of single pictures in Flux.1, Chroma, SD3, SD3.5, Qwen-Image and Z-Image, and of layers up to "
-            "32 x 32 in SD1.x, SD2.x and SDXL: record a smaller picture, or one of these models'."
+            "them of single pictures in Flux.1, Flux.2 klein, Chroma, SD3, SD3.5, Qwen-Image and Z-Image, and of "
+            "layers up to 32 x 32 in SD1.x, SD2.x and SDXL: record a smaller picture, or one of these models'."
         )
     placing = map_size(tuple(store.trajectory.states.shape[-2:]))
     alike = all_sizes or len(store.maps) == 1  # as in flow transformers

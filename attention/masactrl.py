@@ -86,7 +86,7 @@ class _Rule:
 
 
 def _own(edit: MasaCtrl, layer: Layer) -> Tensor:
-    """[1 or b, positions], True where the target reads itself"""
+    """[1 or b, positions], True where the target reads itself."""
     size = layer.height // edit.frames, layer.width
     return (interpolate(edit.mask[:, None], size, mode="area") > OWN).flatten(1).repeat(1, edit.frames)
 

@@ -121,6 +121,18 @@ def test_maps_are_those_written_out(name: str, images: int) -> None:
     torch.testing.assert_close(heat.double(), means / means.amax((1, 2), keepdim=True), rtol=1e-3, atol=1e-3)
 
 
+def test_maps_of_a_prompt_that_is_padded_behind() -> None:
+    """As Flux.2 klein's text encoder pads it; a shorter one the model pads before, as Flux.2 dev's, and has no maps."""
+    flow = FLOWS["Flux.2"]
+    for tokens, sizes in ((512, [(STEPS, 1, 4, 4, 512)]), (4, [])):
+        parts = Parts(flow)
+        parts.source = flow.prompt(1, tokens)
+        trajectory = invert(parts.model, Guidance(parts.source), parts.image, parts.sigmas)
+        store = record_attention(parts.model, trajectory, recording(NEVER, NEVER))
+        assert [maps.shape for maps in store.maps] == sizes
+        assert all((maps > 0).all() for maps in store.maps)
+
+
 def test_a_blend_of_words_takes_them_from_a_store() -> None:
     """The maps are the live ones, and no row of the source is run for them."""
     for name in ("Flux", "SD3.5 medium", "Z-Image"):
@@ -166,8 +178,8 @@ def test_a_model_that_cuts_its_prompts() -> None:
     assert close(*results, 1e-5)
 
 
-def test_maps_of_large_pictures_are_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of no more positions than are kept, those at the edge of as many as there are."""
+def test_maps_of_large_pictures_are_means(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Of no more positions than are kept, those at the edge of as many as there are. A blend's are the live ones."""
     parts = Parts(replace(FLOWS["Flux"], latent=(1, 16, 10, 8)))
     trajectory = invert(parts.model, Guidance(parts.source), parts.image, parts.sigmas)
     whole, plans = record_attention(parts.model, trajectory, recording()), []
@@ -179,6 +191,17 @@ def test_maps_of_large_pictures_are_means(monkeypatch: pytest.MonkeyPatch) -> No
         expected = whole.maps[0][:, :, 2 * i : 2 * i + height, 2 * j : 2 * j + width].mean((2, 3))
         torch.testing.assert_close(store.maps[0][:, :, i, j], expected)
     assert plans[0].maps == store.maps[0].nbytes
+    edit = windowed(published("replace", STEPS, 4, 6), 0, STEPS)
+    rule = ours([edit], STEPS, parts.target[0][0], 4, NEVER, side=math.inf)
+    results = []
+    for each in (None, store):
+        edited_ = attach(parts.model, trajectory, rule, each)
+        blended = attach_blend(edited_, trajectory, Shown(phrases(4, 1), phrases(6, 2)))
+        result, count = rows(blended, trajectory, guidance_of(parts))
+        assert sum(count) == 3 * STEPS
+        results.append(result)
+    assert torch.equal(*results)
+    assert "lacks 5 of 5 steps, which ran with the source's row: it holds no word maps of the size" in caplog.text
 
 
 # --- edits -----------------------------------------------------------------------------------------------------------

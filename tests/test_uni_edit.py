@@ -8,7 +8,9 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.model_base import ModelType
-from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
+from comfy_extras.nodes_custom_sampler import CFGOverride, Guider_Basic, Guider_DualCFG
+from comfy_extras.nodes_perpneg import Guider_PerpNeg
+from nodes import KSamplerAdvanced
 from torch import Tensor
 
 from flows import FLOWS, Flow
@@ -82,6 +84,16 @@ def test_equals_it_on_unets(kind: ModelType) -> None:
     assert not close(ours, tiny.sample(tiny.model, negative=tiny.source, cfg=OMEGA), 0.05)
 
 
+@pytest.mark.parametrize("cfg", [OMEGA, 1.0])
+def test_omega_is_that_of_a_cfg_override(tiny: Tiny, cfg: float) -> None:
+    expected = tiny.sample(guided(tiny.model), negative=tiny.source, cfg=cfg)
+    for model in (
+        guided(CFGOverride.execute(tiny.model, cfg, 0.0, 1.0)[0]),
+        CFGOverride.execute(guided(tiny.model), cfg, 0.0, 1.0)[0],
+    ):
+        assert torch.equal(tiny.sample(model, negative=tiny.source, cfg=2.0), expected)
+
+
 def test_its_ends(tiny: Tiny) -> None:
     plain = tiny.sample(tiny.model)
     assert guided(tiny.model, 0.0) is tiny.model
@@ -132,9 +144,13 @@ def test_refusals(tiny: Tiny) -> None:
     basic.set_conds(tiny.target)
     dual.set_conds(tiny.target, tiny.source, tiny.negative)
     dual.set_cfg(4.0, 2.0)
+    third = Guider_PerpNeg(model)
+    third.set_conds(tiny.target, tiny.source, tiny.negative)
+    third.set_cfg(OMEGA, 0.0)
     for guider, sentence in (
         (basic, "compares the prompt with the negative one, of which this run has none: use CFGGuider"),
         (dual, "UniEdit Guidance has no effect in the guider Guider_DualCFG"),
+        (third, "UniEdit Guidance guides from the negative prompt, but this run's guider from a third one: use CFG"),
     ):
         with pytest.raises(ValueError, match=sentence):
             guider.sample(torch.zeros_like(tiny.noise), tiny.noise, euler, tiny.sigmas, disable_pbar=True, seed=0)
@@ -171,6 +187,35 @@ def test_an_edit_along_it(name: str) -> None:
     edited = attach(parts.model, trajectory, MasaCtrl(frozenset(layers), 0.0, False, None))
     ours = resample(edited, trajectory, Guidance(parts.target, parts.negative, CFG))
     assert close(ours, pair(parts, flow, trajectory, list(range(len(layers))), KV), 1e-4)
+
+
+def test_ksampler_advanced_starts_where_it_does() -> None:
+    for parts, scheduler in ((Tiny(), "ddim_uniform"), (Parts(FLOWS["Flux"]), "simple")):
+        trajectory, noise, _ = execute(
+            DDIMInversion,
+            model=parts.model,
+            source=parts.source,
+            image={"samples": parts.image},
+            steps=5,
+            schedule=scheduler,
+            strength=0.6,
+        )
+        layers = frozenset(attention_layers(parts.model.model.diffusion_model))
+        edited = attach(parts.model, trajectory, MasaCtrl(layers, 0.0, False, None))
+
+        def advanced(start: int, parts=parts, scheduler=scheduler, edited=edited, noise=noise) -> Tensor:
+            given = edited, "disable", 0, 5, CFG, "euler", scheduler, parts.target, parts.negative, noise
+            (latent,) = KSamplerAdvanced().sample(*given, start, 5, "disable")
+            return latent["samples"]
+
+        ours = resample(edited, trajectory, Guidance(parts.target, parts.negative, CFG))
+        steps = len(comfy.samplers.calculate_sigmas(parts.model.get_model_object("model_sampling"), scheduler, 5)) - 1
+        left = steps - trajectory.steps
+        assert close(advanced(left), ours, 1e-6)
+        with pytest.raises(
+            ValueError, match=rf"runs {steps} steps, of which .* the last 3, .* start_at_step .* Advanced to {left}\."
+        ):
+            advanced(0)
 
 
 def test_no_part_of_it_is_refused(tiny: Tiny) -> None:

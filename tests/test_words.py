@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfy.sd import CLIP
+from comfy.text_encoders.ace15 import ACE15Tokenizer
 from comfy.text_encoders.flux import FluxTokenizer, KleinTokenizer, KleinTokenizer8B
 from comfy.text_encoders.hidream import HiDreamTokenizer
 from comfy.text_encoders.lt import LTXVT5Tokenizer
@@ -212,8 +213,9 @@ def test_auto_and_the_picture(name: str) -> None:
     assert draw(source, target, carry_over(source, target, "swap")).min() < 0.5
 
 
-@pytest.mark.parametrize("tokenizer", [HiDreamTokenizer, LTXVT5Tokenizer])
+@pytest.mark.parametrize("tokenizer", [HiDreamTokenizer, LTXVT5Tokenizer, ACE15Tokenizer])
 def test_other_text_encoders_are_named(tokenizer: type) -> None:
+    """Also where what they make of a prompt is more than tokens."""
     expected = rf"does not know the words of this text encoder \({tokenizer.__name__}\): connect the CLIP of an SD1.x"
     with pytest.raises(ValueError, match=expected):
         prompt_words(clip(tokenizer()), "a cat", "source")

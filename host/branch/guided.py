@@ -111,6 +111,11 @@ def attach_rule(model: ModelPatcher, rule: Rule | Pull, trajectory: Trajectory |
         run = args["model_options"]["transformer_options"][key]
         run.asked = True
         positive, negative, *others = args["conds_out"]
+        if others and rule.needs_negative:
+            raise ValueError(
+                f"{node} guides from the negative prompt, but this run's guider from a third one: use CFGGuider or a "
+                "KSampler in place of Perp-Neg Guider."
+            )
         if args["conds"][1] is None:
             if rule.needs_negative:
                 raise ValueError(

@@ -161,6 +161,7 @@ class _Run:
         self.sigmas, self.adds_noise = sigmas, adds_noise
         self.started = False
         self.live: set[int] = set()  # the steps at which the source's row took part
+        self.unmapped = False  # whether the store's word maps are of another size than those that the blend compares
         self.maps: dict[int, tuple[Tensor, Tensor]] = {}  # by step: word maps of source and target
         self.predicted: Tensor | None = None  # the source's denoised estimate, guided, where it is read
         self.apart: Tensor | None = None  # the target's less the source's there, each by its prompt alone
@@ -262,6 +263,7 @@ class _Run:
         if word_maps is not None:
             of_source = store.word_maps(index, word_maps.columns[0], word_maps.size)
             if of_source is None:
+                self.unmapped = True
                 return None
             word_maps.give_source(of_source)
         if store.fields:
@@ -310,10 +312,16 @@ def _outer_sample(
         # A copy: uni_pc writes to the schedule that it is given, which the host keeps for the next run.
         result = executor(noise, latent_image, sampler, sigmas.clone(), denoise_mask, *args, **kwargs)
         if branch.store is not None and run.live:
+            advice = (
+                "it holds no word maps of the size that Local Blend reads in so large a picture: take a smaller one, "
+                "or a mask without words."
+                if run.unmapped
+                else "raise the fractions of Record Attention, its self_max_side or its budget_mb, and give it the "
+                "blocks and reads of the edit."
+            )
             logging.warning(
                 f"Palimpsest: the attention store lacks {len(run.live)} of {branch.trajectory.steps} steps, which ran "
-                "with the source's row: raise the fractions of Record Attention, its self_max_side or its budget_mb, "
-                "and give it the blocks and reads of the edit."
+                f"with the source's row: {advice}"
             )
         end = branch.trajectory.index(float(sigmas[-1]))
         if branch.blend is None or end is None:

@@ -84,9 +84,8 @@ class AttentionStore(NamedTuple):
     @classmethod
     def _parse(cls, trajectory: Trajectory, tensors: dict[str, Tensor], metadata: dict[str, str]) -> AttentionStore:
         layers = tuple(Layer(*layer) for layer in json.loads(metadata["layers"]))
-        fields = tuple(
-            json.loads(metadata.get("fields", "[]"))
-        )  # files of before there were flow transformers' lack both
+        # Files of before there were flow transformers' lack both.
+        fields = tuple(json.loads(metadata.get("fields", "[]")))
         before = int(metadata.get("before", 0))
         inputs = tuple(
             tuple(tensors.get(f"inputs.{step}.{i}") for i in range(len(layers))) for step in range(trajectory.steps)

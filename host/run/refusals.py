@@ -311,6 +311,12 @@ def check_run(
             "choose euler, ddim or dpmpp_2m."
         )
     strangers = [sigma for sigma in sigmas[:-1].tolist() if trajectory.index(sigma) is None]
+    if strangers and min(strangers) > trajectory.sigmas[0] and len(sigmas) - 1 - len(strangers) == trajectory.steps:
+        raise ValueError(
+            f"The sampler runs {len(sigmas) - 1} steps, of which the trajectory holds the last {trajectory.steps}, as "
+            "one of DDIM Inversion with a strength below 1 does: use Edit Sampler, or connect the trajectory's SIGMAS "
+            f"to SamplerCustom, or set start_at_step of KSampler Advanced to {len(strangers)}."
+        )
     if strangers:
         raise ValueError(
             f"The sampler's schedule has sigma {strangers[0]:.4g}, which the trajectory of {trajectory.steps} steps "

@@ -49,12 +49,17 @@ def prompt_words(clip: CLIP | Tokens, prompt: str, name: str, node: str = "Promp
     Raises ValueError for text encoders whose words are not known, and where two of them divide the prompt differently.
     """
     tokens = clip.tokenize(prompt, return_word_ids=True)
+    found = _words_of(clip, tokens, name, node)
     weights = (weight for chunks in tokens.values() for chunk in chunks for _, weight, _ in chunk)
     if wrong := [weight for weight in weights if not math.isfinite(weight)]:
         raise ValueError(
             f"The {name} prompt weighs a word by {wrong[0]:g}, of which no text encoder makes an embedding: in {node} "
             "write a number, as in (red:1.3)."
         )
+    return found
+
+
+def _words_of(clip: CLIP | Tokens, tokens: dict[str, list[list[Token]]], name: str, node: str) -> Words:
     kind = type(clip.tokenizer)
     if kind in CHATS:
         ((chunk,),) = tokens.values()
