@@ -166,7 +166,7 @@ class _Walk(OwnSampler):
     def add(self, size: tuple[int, int], maps: Tensor) -> None:
         """maps: [b, h, w, tokens] of one layer."""
         total, layers = self.maps[self.now].get(size, (0, 0))
-        self.maps[self.now][size] = total + maps.cpu(), layers + 1
+        self.maps[self.now][size] = total + maps, layers + 1
 
     def settle(self, maps: int) -> None:
         """Decides what is kept, once the sizes of all parts are known. maps: bytes of a step's."""
@@ -177,6 +177,8 @@ class _Walk(OwnSampler):
         for self.now, sigma, _ in run.steps():
             x = self.trajectory.states[self.now].to(run.latent, copy=True)
             denoised = run.denoise(x, sigma)
+            found = self.maps[self.now]
+            found |= {size: (maps.cpu(), layers) for size, (maps, layers) in found.items()}
             if self.plan is None:
                 self.settle(sum(maps.nbytes for maps, _ in self.maps[0].values()))
                 if 0 not in self.plan.steps:
