@@ -201,9 +201,9 @@ def huber(error: Tensor, weight: Tensor) -> Tensor:
 
 
 def train_lcm(minutes: float, rate: float, decay: bool, fresh: bool, batch: int, processes: int) -> None:
-    make_walks(processes)
     student = Student()
     run = Run("lcm", student, fresh)
+    make_walks(processes)
     known = examples(student.frozen[0])
     # A channel counts as much as it moves the pixels: outlines and colours show in the first ones, texture in the last.
     weight = fitted_autoencoder().basis.norm(dim=1).view(-1, 1, 1)

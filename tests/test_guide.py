@@ -1,4 +1,4 @@
-"""GUIDE.md, which says what to take for which edit: what it names is there, and its numbers are those of the README."""
+"""GUIDE.md, which says what to take for which edit: what it names is there, with the numbers of README and nodes."""
 
 from __future__ import annotations
 
@@ -30,6 +30,21 @@ def test_its_numbers_are_those_of_the_readme() -> None:
     measured = [row[2:] for row in cells(SECTIONS[1])]
     assert measured
     assert [row for row in measured if " | ".join(row) not in README] == []
+
+
+def test_its_settings_begin_with_the_nodes_defaults() -> None:
+    """Where they are numbers: `P2P` names P2P Attention Controller."""
+    schemas = [node.GET_SCHEMA() for node in NODES]
+    checked = 0
+    for setting, begin, *_ in cells(SECTIONS[2]):
+        named = re.findall(r"`(\w+)`", setting)
+        node = next((s for s in schemas if s.display_name.startswith(setting.split(" `")[0].split(" and ")[0])), None)
+        if node is None or not begin[0].isdigit():
+            continue
+        inputs = {slot.id: slot.default for slot in node.inputs if slot.id in named}
+        assert [inputs[name] for name in named] == [float(value) for value in begin.split(", ")], setting
+        checked += len(named)
+    assert checked > 10
 
 
 def test_it_is_linked_from_the_readme_and_from_help_pages() -> None:
