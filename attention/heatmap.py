@@ -35,8 +35,13 @@ def word_heat(
             "layers up to 32 x 32 in SD1.x, SD2.x and SDXL: record a smaller picture, or one of these models'."
         )
     placing = map_size(tuple(store.trajectory.states.shape[-2:]))
-    alike = all_sizes or len(store.maps) == 1  # as in flow transformers
+    alike = all_sizes or bool(store.fields)  # all layers of a flow transformer are of one size
     maps = [held for held in store.maps if alike or tuple(held.shape[2:4]) == placing]
+    if not maps:
+        raise ValueError(
+            f"The attention store holds no maps of the layers that place words in this picture, {placing[0]} x "
+            f"{placing[1]}: set layers of Attention Maps to all, or record a smaller picture."
+        )
     means = [(held[chosen].mean(0) @ columns).movedim(-1, 1) for held in maps]
     means = [interpolate(mean, size, mode="bicubic").clamp_min(0) for mean in means]
     heat = torch.stack(means).mean(0).flatten(0, 1)

@@ -193,6 +193,12 @@ def test_attention_maps_are_the_recorded_ones(tiny: Tiny) -> None:
     torch.testing.assert_close(heat.double(), expected / expected.amax((1, 2), keepdim=True), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"the steps from 0\.5 to 0\.5 of the schedule, where there are none"):
         word_heat(store, columns, (8, 8), 0.5, 0.5, all_sizes=False)
+    coarse = store._replace(maps=tuple(maps for maps in store.maps if maps.shape[2:4] != (8, 8)))
+    with pytest.raises(
+        ValueError, match=r"no maps of the layers that place words in this picture, 8 x 8: set layers of"
+    ):
+        word_heat(coarse, columns, (8, 8), 0.0, 0.6, all_sizes=False)
+    assert word_heat(coarse, columns, (8, 8), 0.0, 0.6, all_sizes=True).shape == (2, 8, 8)
 
     image = torch.rand(1, 40, 24, 3)
     maps, masks = execute(AttentionMaps, attention_store=store, prompt_edit=EDIT, words="cat, mat", image=image)
