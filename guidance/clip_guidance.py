@@ -31,7 +31,8 @@ Embed = Callable[[Tensor], Tensor]
 class ClipGuidance(NamedTuple):
     """scale: s. start, end: the fractions of the run between which it guides.
 
-    text: the prompt's embedding [1, n]. sharpness: by which the CLIP was trained to multiply products of embeddings.
+    text: what embeddings of pictures are multiplied by, [1 or b, n]: see `direction`. sharpness: the number by which
+    the CLIP was trained to multiply such products.
     """
 
     scale: float
@@ -60,10 +61,14 @@ class ClipGuidance(NamedTuple):
 
     def _gradient(self, latent: Tensor, embed: Embed) -> Tensor:
         leaf = latent.clone().requires_grad_()
-        fits = self.sharpness * similarity(embed(leaf), self.text.to(leaf.device))
-        return torch.autograd.grad(fits.sum(), leaf)[0]
+        products = (normalize(embed(leaf), dim=-1) * self.text.to(leaf.device)).sum(-1)
+        return self.sharpness * torch.autograd.grad(products.sum(), leaf)[0]
 
 
-def similarity(image: Tensor, text: Tensor) -> Tensor:
-    """[b]: the product of embeddings [b, n] and [1 or b, n], brought to length 1."""
-    return (normalize(image, dim=-1) * normalize(text, dim=-1)).sum(-1)
+def direction(prompt: Tensor, instead_of: Tensor | None = None) -> Tensor:
+    """The prompt's embedding [b, n], brought to length 1; less another one's, where a picture is to leave that.
+
+    With two, what both prompts say has no part in the gradient, which is that of the odds of one against the other.
+    """
+    prompt = normalize(prompt, dim=-1)
+    return prompt if instead_of is None else prompt - normalize(instead_of, dim=-1)

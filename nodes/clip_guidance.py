@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..guidance.clip_guidance import ClipGuidance
+from ..guidance.clip_guidance import ClipGuidance, direction
 from ..host.branch.judged import NODE, Judge, NoisedClip, Pictures, attach_judge
 from . import sockets
 from .networks import text_embedding
@@ -53,6 +54,14 @@ class ClipGuidanceNode(io.ComfyNode):
                 ),
                 fraction("start", 0.0, "From where in the run on it is guided."),
                 fraction("end", 1.0, "Until where in the run."),
+                io.String.Input(
+                    "instead_of",
+                    default="",
+                    tooltip=(
+                        "What the CLIP sees now and is to see no more: the source prompt, for an edit. Only where the "
+                        "two prompts differ is the picture then guided. Empty is GLIDE."
+                    ),
+                ),
                 sockets.NoisedClip.Input(
                     "noised_clip", optional=True, tooltip="A CLIP that sees through noise: Load Demo CLIP."
                 ),
@@ -69,32 +78,35 @@ class ClipGuidanceNode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, prompt, scale, start, end, noised_clip=None, clip=None, clip_vision=None, vae=None
+        cls, model, prompt, scale, start, end, instead_of, noised_clip=None, clip=None, clip_vision=None, vae=None
     ) -> io.NodeOutput:
         if scale == 0:
             return io.NodeOutput(model)
         check_window(NODE, start, end)
-        judge, text, sharpness = _judge(prompt, noised_clip, {"clip": clip, "clip_vision": clip_vision, "vae": vae})
+        prompts = [prompt, instead_of] if instead_of.strip() else [prompt]
+        parts = {"clip": clip, "clip_vision": clip_vision, "vae": vae}
+        judge, embeddings, sharpness = _judge(prompts, noised_clip, parts)
+        text = direction(*embeddings.split(1))
         return io.NodeOutput(attach_judge(model, ClipGuidance(scale, start, end, text, sharpness), judge))
 
 
 def _judge(
-    prompt: str, noised_clip: ModelPatcher | None, parts: dict[str, CLIP | ClipVisionModel | VAE | None]
+    prompts: list[str], noised_clip: ModelPatcher | None, parts: dict[str, CLIP | ClipVisionModel | VAE | None]
 ) -> tuple[Judge, Tensor, float]:
-    """Who looks, the prompt's embedding, and what its product with a picture's is multiplied by."""
+    """Who looks, the prompts' embeddings [b, n], and what their products with a picture's are multiplied by."""
     missing = [name for name, part in parts.items() if part is None]
     if noised_clip is not None:
         if len(missing) < len(parts):
             raise ValueError(f"{NODE} looks by one CLIP: disconnect noised_clip, or clip, clip_vision and vae.")
         known = noised_clip.model
-        return NoisedClip(noised_clip), known.text([prompt]), known.sharpness
+        return NoisedClip(noised_clip), known.text(prompts), known.sharpness
     if missing:
         raise ValueError(
             f"{NODE} lacks {', '.join(missing)}: connect noised_clip from Load Demo CLIP, or all of clip, clip_vision "
             "and vae."
         )
     clip, clip_vision, vae = parts.values()
-    text = text_embedding(clip, prompt)
+    text = torch.cat([text_embedding(clip, prompt) for prompt in prompts])
     width = clip_vision.config.get("projection_dim")
     if width is None:
         raise ValueError(
