@@ -116,11 +116,6 @@ class DemoClip(nn.Module):
         super().__init__()
         self.eye, self.judge, self.autoencoder = Eye(), Judge(), Autoencoder()
 
-    @property
-    def sharpness(self) -> float:
-        """By which products of embeddings were multiplied in training."""
-        return min(float(self.judge.scale.exp()), SHARPEST)
-
     def image(self, x: Tensor, timestep: Tensor) -> Tensor:
         """Of latents x = sqrt(alpha_bar) z + sqrt(1 - alpha_bar) noise [b, *shape] at timesteps [b].
 

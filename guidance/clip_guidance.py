@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+SHARPNESS = 100.0  # of log p in products of embeddings: that of GLIDE's CLIP and of most others
 Embed = Callable[[Tensor], Tensor]
 """From images [b, c, h, w] to embeddings [b, n]."""
 
@@ -31,15 +32,13 @@ Embed = Callable[[Tensor], Tensor]
 class ClipGuidance(NamedTuple):
     """scale: s. start, end: the fractions of the run between which it guides.
 
-    text: what embeddings of pictures are multiplied by, [1 or b, n]: see `direction`. sharpness: the number by which
-    the CLIP was trained to multiply such products.
+    text: what embeddings of pictures are multiplied by, [1 or b, n]: see `direction`.
     """
 
     scale: float
     start: float
     end: float
     text: Tensor
-    sharpness: float
 
     def applies(self, fraction: float) -> bool:
         """At the step that starts where `fraction` (0 to 1) of the schedule is finished."""
@@ -62,7 +61,7 @@ class ClipGuidance(NamedTuple):
     def _gradient(self, latent: Tensor, embed: Embed) -> Tensor:
         leaf = latent.clone().requires_grad_()
         products = (normalize(embed(leaf), dim=-1) * self.text.to(leaf.device)).sum(-1)
-        return self.sharpness * torch.autograd.grad(products.sum(), leaf)[0]
+        return SHARPNESS * torch.autograd.grad(products.sum(), leaf)[0]
 
 
 def direction(prompt: Tensor, instead_of: Tensor | None = None) -> Tensor:

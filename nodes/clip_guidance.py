@@ -15,8 +15,6 @@ from . import sockets
 from .networks import text_embedding
 from .widgets import check_window, fraction
 
-SHARPNESS = 100.0  # of OpenAI's CLIPs and OpenCLIP's: what their training let it grow to
-
 
 class ClipGuidanceNode(io.ComfyNode):
     @classmethod
@@ -46,11 +44,14 @@ class ClipGuidanceNode(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "scale",
-                    default=3.0,
+                    default=5.0,
                     min=0.0,
                     max=1000.0,
                     step=0.1,
-                    tooltip="How strongly the picture follows the CLIP. Too high spoils the picture. GLIDE: 3.",
+                    tooltip=(
+                        "How strongly the picture follows the CLIP. Too high spoils it. GLIDE: 3; the demo CLIP: 5; "
+                        "0 is off."
+                    ),
                 ),
                 fraction("start", 0.0, "From where in the run on it is guided."),
                 fraction("end", 1.0, "Until where in the run."),
@@ -85,21 +86,20 @@ class ClipGuidanceNode(io.ComfyNode):
         check_window(NODE, start, end)
         prompts = [prompt, instead_of] if instead_of.strip() else [prompt]
         parts = {"clip": clip, "clip_vision": clip_vision, "vae": vae}
-        judge, embeddings, sharpness = _judge(prompts, noised_clip, parts)
+        judge, embeddings = _judge(prompts, noised_clip, parts)
         text = direction(*embeddings.split(1))
-        return io.NodeOutput(attach_judge(model, ClipGuidance(scale, start, end, text, sharpness), judge))
+        return io.NodeOutput(attach_judge(model, ClipGuidance(scale, start, end, text), judge))
 
 
 def _judge(
     prompts: list[str], noised_clip: ModelPatcher | None, parts: dict[str, CLIP | ClipVisionModel | VAE | None]
-) -> tuple[Judge, Tensor, float]:
-    """Who looks, the prompts' embeddings [b, n], and what their products with a picture's are multiplied by."""
+) -> tuple[Judge, Tensor]:
+    """Who looks, and the prompts' embeddings [b, n]."""
     missing = [name for name, part in parts.items() if part is None]
     if noised_clip is not None:
         if len(missing) < len(parts):
             raise ValueError(f"{NODE} looks by one CLIP: disconnect noised_clip, or clip, clip_vision and vae.")
-        known = noised_clip.model
-        return NoisedClip(noised_clip), known.text(prompts), known.sharpness
+        return NoisedClip(noised_clip), noised_clip.model.text(prompts)
     if missing:
         raise ValueError(
             f"{NODE} lacks {', '.join(missing)}: connect noised_clip from Load Demo CLIP, or all of clip, clip_vision "
@@ -118,4 +118,4 @@ def _judge(
             f"The clip of {NODE} makes {text.shape[1]} numbers of a prompt and clip_vision {width} of a picture: load "
             "both from one CLIP."
         )
-    return Pictures(vae, clip_vision), text, SHARPNESS
+    return Pictures(vae, clip_vision), text

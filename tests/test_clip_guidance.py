@@ -9,10 +9,11 @@ from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from flows import FLOWS
 from palimpsest.demo import model as demo_model
-from palimpsest.guidance.clip_guidance import ClipGuidance, similarity
+from palimpsest.guidance.clip_guidance import ClipGuidance, direction
 from palimpsest.host.branch.judged import NoisedClip, Pictures, attach_judge
 from palimpsest.host.branch.source import attach
 from palimpsest.host.unet.gradients import gradients
@@ -49,8 +50,8 @@ def noised() -> NoisedClip:
     return NoisedClip(ModelPatcher(Eye(), torch.device("cpu"), torch.device("cpu")))
 
 
-def rule(scale: float = 30.0, start: float = 0.0, end: float = 1.0) -> ClipGuidance:
-    return ClipGuidance(scale, start, end, TEXT, 10.0)
+def rule(scale: float = 3.0, start: float = 0.0, end: float = 1.0) -> ClipGuidance:
+    return ClipGuidance(scale, start, end, direction(TEXT))
 
 
 def clip_vision(width: int = 24) -> ClipVisionModel:
@@ -75,14 +76,14 @@ def test_gradients(looks: int) -> None:
     """With respect to the sampler's latent, against differences in float64."""
     eye, sigma = Eye().double(), 1.7
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(looks), dtype=torch.float64)
-    guidance = rule()._replace(text=TEXT.double())
+    guidance = rule()._replace(text=direction(TEXT.double()))
 
     def seen(latent: Tensor) -> Tensor:
         return eye.image(latent, torch.full((len(latent),), 300.0))
 
     def log_likelihood(x: Tensor) -> Tensor:
         embedding, text = seen(x / (1 + sigma**2) ** 0.5), TEXT.double()
-        return 10 * (embedding @ text.T)[0, 0] / (embedding.norm() * text.norm())
+        return 100 * (embedding @ text.T)[0, 0] / (embedding.norm() * text.norm())
 
     with gradients():
         gradient = guidance.noised(x.clone(), sigma, seen)
@@ -102,7 +103,7 @@ def test_gradients(looks: int) -> None:
 @pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (0.2, 0.6)])
 def test_equals_glides_formula(start: float, end: float) -> None:
     """eps - s sqrt(1 - abar) grad of what a CLIP makes of x_t, in float64 under the host's Euler."""
-    tiny, scale = Tiny(), 30.0
+    tiny, scale = Tiny(), 3.0
     sampled = tiny.sample(attach_judge(tiny.model, rule(scale, start, end), noised()))
     _, predicted = in_float64(tiny.model)
     eye, text = Eye().double(), TEXT.double()
@@ -116,7 +117,7 @@ def test_equals_glides_formula(start: float, end: float) -> None:
             with gradients():
                 x_t = (kept.sqrt() * x).clone().requires_grad_()
                 embedding = eye.image(x_t, (table - sigma).abs().argmin()[None].clone())
-                product = 10 * (embedding * text.clone()).sum() / (embedding.norm() * text.norm())
+                product = 100 * (embedding * text.clone()).sum() / (embedding.norm() * text.norm())
                 (gradient,) = torch.autograd.grad(product, x_t)
             eps = eps - scale * (1 - kept).sqrt() * gradient
         x = x + (below - sigma) * eps
@@ -152,7 +153,7 @@ def test_an_ordinary_clip_by_the_estimate() -> None:
     found = (guided - denoised) * (1 + sigma**2) / sigma**2 / guidance.scale
 
     def log_likelihood(latent: Tensor) -> Tensor:
-        return 10 * similarity(judge.embed(tiny.model.model, latent, sigma), TEXT).double().sum()
+        return 100 * cosine_similarity(judge.embed(tiny.model.model, latent, sigma), TEXT).double().sum()
 
     direction = found / found.norm()
     step = 0.02 * direction
