@@ -132,7 +132,7 @@ def attach_judge(model: ModelPatcher, rule: Rule, judge: Judge) -> ModelPatcher:
 
     model = model.clone()
     model.set_additional_models(KEY, [*model.get_additional_models_with_key(KEY), *judge.models])
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
+    add_outermost(model, WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
     add_outermost(model, WrappersMP.PREDICT_NOISE, KEY, predict_noise)
     return model
 
