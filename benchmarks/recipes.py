@@ -24,7 +24,9 @@ from ..attention.masactrl import MasaCtrl
 from ..attention.p2p import PRESETS as P2P_PRESETS
 from ..attention.pnp import PlugAndPlay
 from ..demo import scenes
+from ..demo.clip import load_clip
 from ..demo.edits import Edit
+from ..guidance.clip_guidance import ClipGuidance, direction
 from ..guidance.cross_attention import CrossAttentionGuidance
 from ..guidance.proximal import INVERSION, Proximal
 from ..guidance.rf_inversion import ImagePull
@@ -32,6 +34,7 @@ from ..guidance.uni_edit import UniEdit
 from ..host.branch.blocks import last_layers, layout_blocks
 from ..host.branch.guide import attach_guide
 from ..host.branch.guided import attach_rule
+from ..host.branch.judged import NoisedClip, attach_judge
 from ..host.branch.pulled import attach_pull
 from ..host.branch.source import attach, attach_blend
 from ..host.files.trajectory import DPMPP_2M, Trajectory
@@ -343,6 +346,26 @@ def image_pull(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
     return attach_pull(inverted.model, inverted.trajectory.states[-1], pull), batch.target
 
 
+def clip_guided(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
+    """The new prompt, and beside it guidance by the demo CLIP, which reads the same (arXiv 2112.10741)."""
+    return followed(batch, inverted), batch.target
+
+
+def clip_alone(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
+    """The source's prompt: only the CLIP reads the new one."""
+    return followed(batch, inverted), batch.source
+
+
+def followed(batch: Batch, inverted: Inverted) -> ModelPatcher:
+    """At the node's defaults."""
+    clip = load_clip()
+    target, source = (clip.text([getattr(case, side).caption for case in batch.cases]) for side in ("target", "source"))
+    rule = ClipGuidance(5.0, 0.0, 1.0, direction(target, source))
+    return attach_judge(
+        inverted.model, rule, NoisedClip(ModelPatcher(clip, inverted.model.load_device, torch.device("cpu")))
+    )
+
+
 DDIM, NULL_TEXT, OF_FLOWS, OF_FLOWS_IN_PART = "DDIM", "null text", "Uni-Inv", "Uni-Inv of 0.7"
 INVERSIONS: dict[str, Callable[[Batch], Inverted]] = {
     DDIM: ddim,
@@ -387,6 +410,8 @@ GRID += [("virtual InfEdit", "InfEdit's control")]
 INVERSIONS |= ABLATIONS | VIRTUAL
 INVERSIONS["TurboEdit"] = turbo_edit  # for few steps alone: `bench steps`
 INVERSIONS[OF_FLOWS_IN_PART] = uni_inv_in_part
+EDITORS |= {"CLIP guidance": clip_guided, "CLIP guidance alone": clip_alone}
+GRID += [(DDIM, editor) for editor in ("CLIP guidance", "CLIP guidance alone")]
 EDITORS |= {"KV-Edit, true mask": kv_edit, "UniEdit": uni_edit}  # of flows alone
 UPON = dict.fromkeys(("drifting DDIM", "negative prompt", NULL_TEXT, *ABLATIONS), DDIM)
 UPON["null text, of the source alone"] = NULL_TEXT

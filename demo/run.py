@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from .clip import CLIP_WEIGHTS
 from .flow import FLOW_WEIGHTS
 from .model import WEIGHTS, Autoencoder
 from .muon import Muon
@@ -22,7 +23,12 @@ CHECKPOINTS = Path(__file__).parent / "checkpoints"
 ENCODER = CHECKPOINTS / "encoder.pt"
 CAPTION_DROPOUT = 0.12
 # Of each stage: the shipped file and the prefix of its weights there.
-SHIPPED = {"diffusion": (WEIGHTS, ""), "decoder": (WEIGHTS, "vae.decoder."), "flow": (FLOW_WEIGHTS, "")}
+SHIPPED = {
+    "diffusion": (WEIGHTS, ""),
+    "decoder": (WEIGHTS, "vae.decoder."),
+    "flow": (FLOW_WEIGHTS, ""),
+    "clip": (CLIP_WEIGHTS, ""),
+}
 
 
 class Run:

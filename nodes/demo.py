@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..demo import model, scenes
+from ..demo.clip import load_clip
 from ..demo.flow import load_flow
+from . import sockets
 from .widgets import seed_of
 
 
@@ -77,6 +81,34 @@ class LoadDemoFlowModel(io.ComfyNode):
     def execute(cls) -> io.NodeOutput:
         _, clip, vae = model.load()
         return io.NodeOutput(load_flow(), clip, vae)
+
+
+class LoadDemoClip(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PalimpsestLoadDemoCLIP",
+            display_name="Load Demo CLIP",
+            category="Palimpsest/demo",
+            description=(
+                "A small CLIP that comes with the pack and sees pictures of the demo model through noise, for CLIP "
+                "Guidance as GLIDE does it. Prompts are captions such as Demo Scene's."
+            ),
+            search_aliases=["noised clip", "noise-aware clip", "glide", "demo clip", "tiny clip", "toy clip"],
+            outputs=[
+                sockets.NoisedClip.Output(
+                    "noised_clip", tooltip="For CLIP Guidance on Load Demo Model's MODEL, with or without few_steps."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        device, offload_device = (
+            comfy.model_management.get_torch_device(),
+            comfy.model_management.unet_offload_device(),
+        )
+        return io.NodeOutput(ModelPatcher(load_clip(), device, offload_device))
 
 
 class DemoScene(io.ComfyNode):

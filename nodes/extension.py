@@ -8,6 +8,7 @@ from server import PromptServer
 from . import (
     alignment_view,
     blend,
+    clip_guidance,
     concepts,
     conditioning,
     cross_attention,
@@ -66,6 +67,7 @@ NODES: list[type[io.ComfyNode]] = [
     guidance.UniEditGuidance,
     pull.ImagePullNode,
     concepts.ConceptGuidance,
+    clip_guidance.ClipGuidanceNode,
     store.RecordAttention,
     store.SaveAttentionStore,
     store.LoadAttentionStore,
@@ -74,6 +76,7 @@ NODES: list[type[io.ComfyNode]] = [
     metrics.EditMetrics,
     demo.LoadDemoModel,
     demo.LoadDemoFlowModel,
+    demo.LoadDemoClip,
     demo.DemoScene,
 ]
 

@@ -13,6 +13,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 FIRST = "edit-real-image"  # opens the README
 EDITS = (  # save the source and its edits, side by side or as a batch
     "add-something",
+    "clip-guidance",
     "concept-guidance",
     "diffedit",
     "edict",

@@ -714,6 +714,15 @@ def check_pulled(noise: Tensor, image: Tensor, virtual: bool) -> None:
         )
 
 
+def check_judged(node: str, virtual: bool) -> None:
+    """Raises ValueError for a run in which `node` sees no noisy image. virtual: whether it edits from an image."""
+    if virtual:
+        raise ValueError(
+            f"{node} looks at an image under noise, which a MODEL of Flow Edit or Virtual Inversion does not sample: "
+            f"remove {node}, or invert with DDIM Inversion."
+        )
+
+
 def check_one_model(model: BaseModel, guider: CFGGuider, node: str) -> None:
     """Raises ValueError where a guider runs a prompt that reads from the source on a model of its own."""
     if model is not guider.inner_model:

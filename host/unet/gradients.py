@@ -118,6 +118,13 @@ class _SaveableArguments(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+class OwnSums(TorchFunctionMode):
+    """Within it `x += y`, to torch x.add_(y), makes a new x: the host's CLIP writes into what autograd has saved."""
+
+    def __torch_function__(self, function: Callable, types, args: tuple = (), kwargs: dict | None = None):
+        return (Tensor.add if function is Tensor.add_ else function)(*args, **kwargs or {})
+
+
 def _normal(value: object) -> object:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
