@@ -18,6 +18,7 @@ from . import (
     flow_edit,
     guidance,
     inject,
+    instruct,
     inversion,
     maps,
     metrics,
@@ -64,6 +65,8 @@ NODES: list[type[io.ComfyNode]] = [
     guidance.NegativePromptGuider,
     guidance.ProximalGuidance,
     guidance.UniEditGuidance,
+    instruct.InstructGuidance,
+    instruct.InstructGuider,
     pull.ImagePullNode,
     concepts.ConceptGuidance,
     store.RecordAttention,
@@ -74,6 +77,7 @@ NODES: list[type[io.ComfyNode]] = [
     metrics.EditMetrics,
     demo.LoadDemoModel,
     demo.LoadDemoFlowModel,
+    demo.LoadDemoInstructModel,
     demo.DemoScene,
 ]
 
