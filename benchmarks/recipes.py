@@ -25,13 +25,16 @@ from ..attention.p2p import PRESETS as P2P_PRESETS
 from ..attention.pnp import PlugAndPlay
 from ..demo import scenes
 from ..demo.edits import Edit
+from ..demo.instructions import said
 from ..guidance.cross_attention import CrossAttentionGuidance
+from ..guidance.instruct import Instruct
 from ..guidance.proximal import INVERSION, Proximal
 from ..guidance.rf_inversion import ImagePull
 from ..guidance.uni_edit import UniEdit
 from ..host.branch.blocks import last_layers, layout_blocks
 from ..host.branch.guide import attach_guide
 from ..host.branch.guided import attach_rule
+from ..host.branch.instructed import attach_instruction
 from ..host.branch.pulled import attach_pull
 from ..host.branch.source import attach, attach_blend
 from ..host.files.trajectory import DPMPP_2M, Trajectory
@@ -435,6 +438,14 @@ def flow_edit(
     return img2img(batch, strength, model, mask)
 
 
+def instruct(image_scale: float, batch: Batch) -> Tensor:
+    """arXiv 2211.09800, by an instruction of the words that change; the noise is all that the image starts from."""
+    instructions = [encode(batch.clip, [said(case) for case in batch.cases])]
+    model = attach_instruction(batch.model, batch.latent, Instruct(image_scale))
+    guider = Guidance(instructions, batch.negative, batch.cfg).guider(model)
+    return guider.sample(batch.noise(), torch.zeros_like(batch.latent), euler(), batch.sigmas, seed=0).cpu()
+
+
 def differing_mask(batch: Batch) -> Tensor:
     """[b, 1, h, w]"""
     return differing(batch)[:, None]
@@ -470,3 +481,6 @@ RECIPES = {
     model: [*UNINVERTED, *(" + ".join(pair) for pair in pairs)]
     for model, pairs in {"unet": GRID, "few-step": GRID, "flow": FLOW_GRID}.items()
 }
+INSTRUCTED = {f"Instruct Guidance at {scale:g}": partial(instruct, scale) for scale in (1.0, 1.2, 1.5)}
+UNINVERTED |= INSTRUCTED
+RECIPES["instruct"] = list(INSTRUCTED)

@@ -26,13 +26,14 @@ NEW_STYLE = ("make it {new}", "as {new}")
 
 def instructions(edit: Edit) -> list[str]:
     """All that can be said for an edit of one kind; none where words do not tell which thing is meant."""
-    before, after = edit.source, edit.target
-    if len({thing.name for thing in before.things}) < len(before.things):
-        return []
-    told = list(_of_scene(before, after))
-    for one, other in zip(before.things, after.things, strict=True):
-        told += _of_thing(one, other)
-    return told[0] if len(told) == 1 else []
+    things = edit.source.things
+    changes = _changes(edit)
+    return changes[0] if len(changes) == 1 and len({thing.name for thing in things}) == len(things) else []
+
+
+def said(edit: Edit) -> str:
+    """One instruction for all that an edit changes, whether or not it tells which thing is meant."""
+    return " and ".join(told[0] for told in _changes(edit))
 
 
 def words() -> list[str]:
@@ -44,6 +45,14 @@ def words() -> list[str]:
 
 _ALL = (NEW_NAME, NEW_LOOK, NO_LOOK, NEW_POSE, NO_POSE, NEW_FACING, ADDED, FILLED, REMOVED)
 _ALL += (NEW_PLACE, NEW_TIME, BY_DAY, NEW_STYLE)
+
+
+def _changes(edit: Edit) -> list[list[str]]:
+    """What can be said of each thing that changes."""
+    told = list(_of_scene(edit.source, edit.target))
+    for one, other in zip(edit.source.things, edit.target.things, strict=True):
+        told += _of_thing(one, other)
+    return told
 
 
 def _of_scene(before: Scene, after: Scene) -> Iterable[list[str]]:

@@ -56,7 +56,7 @@ def dual(tiny: Tiny, picture: Tensor, cfg_conds: float, cfg_negative: float, nes
     guider.set_conds(beside(tiny.target, picture), beside(tiny.negative, picture), tiny.negative)
     guider.set_cfg(cfg_conds, cfg_negative, nested)
     euler = comfy.samplers.sampler_object("euler")
-    return guider.sample(tiny.noise, torch.zeros_like(tiny.noise), euler, tiny.sigmas, disable_pbar=True, seed=0)
+    return guider.sample(torch.zeros_like(tiny.noise), tiny.noise, euler, tiny.sigmas, disable_pbar=True, seed=0)
 
 
 @pytest.mark.parametrize(("text_scale", "image_scale"), SCALES)
@@ -139,13 +139,12 @@ EDITS = {
 def test_attention_editors_run_beside_a_source_that_is_shown_the_image(
     tiny: Tiny, picture: Tensor, edit: str, edit_first: bool
 ) -> None:
-    model = shown(tiny, picture, 1.5)
-    trajectory = invert(model, Guidance(tiny.source), tiny.image, tiny.sigmas)
+    trajectory = invert(tiny.model, Guidance(beside(tiny.source, picture)), tiny.image, tiny.sigmas)
     rule = EDITS[edit](tiny)
     if edit_first:
         model = attach_instruction(attach(tiny.model, trajectory, rule), picture, Instruct(1.5))
     else:
-        model = attach(model, trajectory, rule)
+        model = attach(shown(tiny, picture, 1.5), trajectory, rule)
     model, seen = images_of(model)
     model, rows = rows_of(model)
     guidance = Guidance(tiny.target, tiny.negative, 4.0)
