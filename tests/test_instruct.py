@@ -21,7 +21,7 @@ from palimpsest.host.branch.blocks import last_layers, layout_blocks
 from palimpsest.host.branch.instructed import attach_instruction
 from palimpsest.host.branch.source import attach
 from palimpsest.inversion.run import Guidance, invert, resample
-from tiny import Tiny, TinyConfig, conditioning, rows_of, tiny_model
+from tiny import Tiny, TinyConfig, rows_of, tiny_model
 
 SCALES = [(7.5, 1.5), (4.0, 1.0), (1.0, 1.3), (0.0, 0.0)]
 
@@ -187,8 +187,7 @@ def test_several_images_are_edited_at_once(tiny: Tiny) -> None:
         torch.testing.assert_close(both[i : i + 1], alone, rtol=0, atol=1e-4 * float(alone.abs().max()))
 
 
-def test_conditionings_of_its_own_keep_their_image(tiny: Tiny, picture: Tensor) -> None:
+def test_an_image_that_the_prompts_hold_is_replaced(tiny: Tiny, picture: Tensor) -> None:
     """What InstructPixToPixConditioning said before is replaced, in the third prompt left out as well."""
-    own = beside(tiny.negative, picture)
-    result = tiny.sample(shown(tiny, picture, 1.5), beside(conditioning(2), picture), own)
-    assert not torch.equal(result, tiny.sample(shown(tiny, picture, 1.0), beside(conditioning(2), picture), own))
+    model, prompts = shown(tiny, picture, 1.5), (tiny.target, tiny.negative)
+    assert torch.equal(tiny.sample(model, *(beside(prompt, -picture) for prompt in prompts)), tiny.sample(model))

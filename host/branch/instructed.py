@@ -37,8 +37,8 @@ def attach_instruction(model: ModelPatcher, image: Tensor, rule: Rule) -> ModelP
     concat_cond = model.get_model_object("concat_cond")
 
     def shown(**kwargs) -> Tensor:
-        own = {} if kwargs["prompt_type"] == KEY else {"concat_latent_image": image}
-        return concat_cond(**kwargs | own)
+        beside = None if kwargs["prompt_type"] == KEY else image
+        return concat_cond(**kwargs | {"concat_latent_image": beside})
 
     def outer_sample(executor, noise: Tensor, latent: Tensor, sampler: Sampler, sigmas: Tensor, *args, **kwargs):
         guider = executor.class_obj
@@ -47,7 +47,7 @@ def attach_instruction(model: ModelPatcher, image: Tensor, rule: Rule) -> ModelP
         negative = guider.conds.get("negative")
         if negative is None or rule.image_scale == 1:  # a run of one prompt, as an inversion's, has no guidance
             return executor(noise, latent, sampler, sigmas, *args, **kwargs)
-        guider.conds[KEY] = [cond | {"uuid": uuid.uuid4()} for cond in negative]
+        guider.conds[KEY] = [cond | {"uuid": uuid.uuid4(), "prompt_type": KEY} for cond in negative]
         try:
             guider.model_options["transformer_options"][KEY] = guider
             return executor(noise, latent, sampler, sigmas, *args, **kwargs)
