@@ -19,7 +19,8 @@ class Instruct(NamedTuple):
     """image_scale: s_I. The run's cfg is s_T."""
 
     image_scale: float
-    node: str = NODE
+
+    node = NODE
 
     def moved(self, estimate: Tensor, shown: Tensor, unshown: Tensor) -> Tensor:
         """An estimate [b, c, h, w] given the image, from those of no instruction with the image and without."""

@@ -66,7 +66,6 @@ NODES: list[type[io.ComfyNode]] = [
     guidance.ProximalGuidance,
     guidance.UniEditGuidance,
     instruct.InstructGuidance,
-    instruct.InstructGuider,
     pull.ImagePullNode,
     concepts.ConceptGuidance,
     store.RecordAttention,

@@ -1,10 +1,9 @@
-"""Nodes that edit an image by an instruction, with an InstructPix2Pix checkpoint."""
+"""The node that edits an image by an instruction, with an InstructPix2Pix checkpoint."""
 
 from __future__ import annotations
 
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.samplers import CFGGuider
 from comfy.sd import VAE
 from comfy_api.latest import io
 from torch import Tensor
@@ -66,46 +65,10 @@ class InstructGuidance(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, image, vae, image_scale) -> io.NodeOutput:
-        return io.NodeOutput(*_shown(model, image, vae, image_scale, NODE))
+        return io.NodeOutput(*_shown(model, image, vae, image_scale))
 
 
-class InstructGuider(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="PalimpsestInstructGuider",
-            display_name="Instruct Guider",
-            category="Palimpsest/guide",
-            description="Instruct Guidance as a guider, for SamplerCustomAdvanced.",
-            search_aliases=[*ALIASES, "guider"],
-            inputs=[
-                io.Model.Input("model", tooltip="An InstructPix2Pix checkpoint, or Load Demo Instruct Model's."),
-                io.Conditioning.Input("positive", tooltip="The instruction: 'make the cat a dog'."),
-                io.Conditioning.Input("negative", tooltip="An empty prompt: CLIP Text Encode without a text."),
-                *_image_inputs(),
-                io.Float.Input(
-                    "text_scale",
-                    default=7.5,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="How strongly the result follows the instruction: 5 to 9. Higher changes more.",
-                ),
-                _image_scale(),
-            ],
-            outputs=[io.Guider.Output("guider", tooltip="For SamplerCustomAdvanced."), _latent()],
-        )
-
-    @classmethod
-    def execute(cls, model, positive, negative, image, vae, text_scale, image_scale) -> io.NodeOutput:
-        shown, latent = _shown(model, image, vae, image_scale, "Instruct Guider")
-        guider = CFGGuider(shown)
-        guider.set_conds(positive, negative)
-        guider.set_cfg(text_scale)
-        return io.NodeOutput(guider, latent)
-
-
-def _shown(model: ModelPatcher, image: Tensor, vae: VAE, image_scale: float, node: str) -> tuple[ModelPatcher, dict]:
+def _shown(model: ModelPatcher, image: Tensor, vae: VAE, image_scale: float) -> tuple[ModelPatcher, dict]:
     """The MODEL that is shown the image, and an empty latent of its size."""
     latent = vae.encode(image[..., :3])
-    return attach_instruction(model, latent, Instruct(image_scale, node)), {"samples": torch.zeros_like(latent)}
+    return attach_instruction(model, latent, Instruct(image_scale)), {"samples": torch.zeros_like(latent)}
