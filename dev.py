@@ -548,6 +548,10 @@ def batch(arguments: list[str]) -> int:
     return run_in_host("palimpsest.benchmarks", ["batch", *arguments])
 
 
+def pairs(arguments: list[str]) -> int:
+    return run_in_host("palimpsest.benchmarks", ["pairs", *arguments])
+
+
 def train(arguments: list[str]) -> int:
     return run_in_host("palimpsest.demo.train", arguments)
 
@@ -567,7 +571,7 @@ def hand_over(command: list[str], setup: Setup, cwd: Path | None = None) -> int:
 
 # --- command line ----------------------------------------------------------------------------------------------------
 
-PASSING_ON = {"test": test, "bench": bench, "batch": batch, "train": train}
+PASSING_ON = {"test": test, "bench": bench, "batch": batch, "pairs": pairs, "train": train}
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -579,6 +583,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     commands.add_parser("test", help="run ruff and pytest; further arguments are pytest's", add_help=False)
     commands.add_parser("bench", help="run the benchmarks; further arguments are theirs", add_help=False)
     commands.add_parser("batch", help="edit many pictures by a table of prompts", add_help=False)
+    commands.add_parser("pairs", help="make pairs of pictures with instructions to train on", add_help=False)
     commands.add_parser("train", help="train the demo model; further arguments are the trainer's", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command not in PASSING_ON:

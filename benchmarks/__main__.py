@@ -6,13 +6,14 @@ import argparse
 
 import torch
 
-from . import batch, edits, flows, p2p, pie, reconstruction, samples, steps, truth
+from . import batch, edits, flows, p2p, pairs, pie, reconstruction, samples, steps, truth
 
 MODULES = {
     "truth": truth,
     "edits": edits,
     "pie": pie,
     "batch": batch,
+    "pairs": pairs,
     "steps": steps,
     "samples": samples,
     "p2p": p2p,

@@ -26,14 +26,17 @@ from ..attention.pnp import PlugAndPlay
 from ..demo import scenes
 from ..demo.clip import load_clip
 from ..demo.edits import Edit
+from ..demo.instructions import said
 from ..guidance.clip_guidance import ClipGuidance, direction
 from ..guidance.cross_attention import CrossAttentionGuidance
+from ..guidance.instruct import Instruct
 from ..guidance.proximal import INVERSION, Proximal
 from ..guidance.rf_inversion import ImagePull
 from ..guidance.uni_edit import UniEdit
 from ..host.branch.blocks import last_layers, layout_blocks
 from ..host.branch.guide import attach_guide
 from ..host.branch.guided import attach_rule
+from ..host.branch.instructed import attach_instruction
 from ..host.branch.judged import NoisedClip, attach_judge
 from ..host.branch.pulled import attach_pull
 from ..host.branch.source import attach, attach_blend
@@ -460,6 +463,14 @@ def flow_edit(
     return img2img(batch, strength, model, mask)
 
 
+def instruct(image_scale: float, batch: Batch) -> Tensor:
+    """arXiv 2211.09800, by an instruction of the words that change; the noise is all that the image starts from."""
+    instructions = [encode(batch.clip, [said(case) for case in batch.cases])]
+    model = attach_instruction(batch.model, batch.latent, Instruct(image_scale))
+    guider = Guidance(instructions, batch.negative, batch.cfg).guider(model)
+    return guider.sample(batch.noise(), torch.zeros_like(batch.latent), euler(), batch.sigmas, seed=0).cpu()
+
+
 def differing_mask(batch: Batch) -> Tensor:
     """[b, 1, h, w]"""
     return differing(batch)[:, None]
@@ -495,3 +506,6 @@ RECIPES = {
     model: [*UNINVERTED, *(" + ".join(pair) for pair in pairs)]
     for model, pairs in {"unet": GRID, "few-step": GRID, "flow": FLOW_GRID}.items()
 }
+INSTRUCTED = {f"Instruct Guidance at {scale:g}": partial(instruct, scale) for scale in (1.0, 1.2, 1.5)}
+UNINVERTED |= INSTRUCTED
+RECIPES["instruct"] = list(INSTRUCTED)

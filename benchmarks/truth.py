@@ -29,6 +29,7 @@ from ..demo import model as demo_model
 from ..demo import scenes
 from ..demo.edits import EDITS, Edit
 from ..demo.flow import FLOW_WEIGHTS, load_flow
+from ..demo.instruct import INSTRUCT_WEIGHTS, load_instruct
 from ..demo.outcomes import Outcomes
 from .edits import errors
 from .picture import decode
@@ -85,6 +86,7 @@ FILES = {
     "unet": (demo_model.WEIGHTS,),
     "few-step": (demo_model.WEIGHTS, demo_model.LCM_WEIGHTS),
     "flow": (FLOW_WEIGHTS,),
+    "instruct": (demo_model.WEIGHTS, INSTRUCT_WEIGHTS),
 }
 SETTINGS = ("edits", "kinds", "batch", "cfg", "cross", "self_", "strength", "seed")
 
@@ -117,6 +119,8 @@ def measured(
     loaded = demo_model.load(few_steps=arguments.model == "few-step")
     if arguments.model == "flow":
         loaded = load_flow(), *loaded[1:]
+    elif arguments.model == "instruct":
+        loaded = load_instruct()
     comfy.utils.PROGRESS_BAR_ENABLED = False
     with tqdm(total=len(cases) * len(chosen) * len(numbers_of_steps), unit="edit") as bar:
         for first in range(0, len(cases), arguments.batch):

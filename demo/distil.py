@@ -43,14 +43,14 @@ KEPT = torch.cat([torch.ones(1), ALPHA_BAR])  # of the image's variance, at leve
 class Lora(nn.Module):
     """What is added to the layers of a UNet: two thin matrices each, of (outputs, all else) of a convolution."""
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: nn.Module, rank: int = RANK) -> None:
         super().__init__()
         self.shapes = {
             name: layer.weight.shape for name, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
         }
         sides = [(shape[0], shape[1:].numel()) for shape in self.shapes.values()]
-        self.up = nn.ParameterList(torch.zeros(rows, RANK) for rows, _ in sides)
-        self.down = nn.ParameterList(torch.randn(RANK, columns) / columns**0.5 for _, columns in sides)
+        self.up = nn.ParameterList(torch.zeros(rows, rank) for rows, _ in sides)
+        self.down = nn.ParameterList(torch.randn(rank, columns) / columns**0.5 for _, columns in sides)
 
     def patched(self, unet: nn.Module) -> dict[str, Tensor]:
         """The weights of the UNet's layers with what is added to them."""

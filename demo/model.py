@@ -165,7 +165,7 @@ def load(path: Path = WEIGHTS, few_steps: bool = False) -> tuple[ModelPatcher, c
     if few_steps:
         lora = comfy.utils.load_torch_file(str(LCM_WEIGHTS), safe_load=True)
         unet, _ = comfy.sd.load_lora_for_models(unet, None, lora, 1.0, 0.0)
-    return unet, _load_clip(weights), _load_vae(autoencoder)
+    return unet, load_clip(weights), load_vae(autoencoder)
 
 
 def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -181,7 +181,7 @@ def _load_unet(weights: dict[str, Tensor], autoencoder: Autoencoder) -> ModelPat
     return ModelPatcher(model, comfy.model_management.get_torch_device(), offload_device)
 
 
-def _load_clip(weights: dict[str, Tensor]) -> comfy.sd.CLIP:
+def load_clip(weights: dict[str, Tensor]) -> comfy.sd.CLIP:
     tokenizer = partial(DemoTokenizer, weights["text.ids"].tolist())
     target = comfy.supported_models_base.ClipTarget(tokenizer, comfy.sd1_clip.SD1ClipModel)
     clip = comfy.sd.CLIP(target, model_options={"clip_l_model_config": TEXT, "dtype": torch.float32})
@@ -199,7 +199,7 @@ def _load_clip(weights: dict[str, Tensor]) -> comfy.sd.CLIP:
     return clip
 
 
-def _load_vae(autoencoder: Autoencoder) -> comfy.sd.VAE:
+def load_vae(autoencoder: Autoencoder) -> comfy.sd.VAE:
     """The host's VAE object around our autoencoder: it starts as the host's pixel-space one, then changes its model."""
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
     vae.first_stage_model = autoencoder

@@ -6,7 +6,8 @@ else from the weights that the pack ships (or from scratch, where `--fresh` asks
 session lets the learning rate fall along a cosine to zero. `export` writes the averaged weights to the file that the
 pack loads. The flow model has stages of its own, on the same scenes: `flow`, `flow-preview` and `flow-export`; so has
 the LoRA for few steps, on walks of the shipped model, at first always `--fresh`: `lcm`, `lcm-preview` and `lcm-export`;
-and the CLIP that sees through noise, at first `--fresh` too: `clip`, `clip-export` and `clip-test`.
+the CLIP that sees through noise, at first `--fresh` too: `clip`, `clip-export` and `clip-test`; and the model that
+follows instructions, on the pairs of `dev.py pairs`: `instruct` and `instruct-export`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .run import CAPTION_DROPOUT, CHECKPOINTS, ENCODER, Run, fitted_autoencoder,
 from .team import Team
 from .train_clip import export_clip, test_clip, train_clip
 from .train_flow import export_flow, preview_flow, train_flow
+from .train_instruct import export_instruct, train_instruct
 
 DECODER_BATCH = 16
 
@@ -176,7 +178,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="that render or train at once")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--batch", type=int, default=32, help="of diffusion, flow, lcm and clip")
+    parser.add_argument("--batch", type=int, default=32, help="but of encoder and decoder")
     parser.add_argument("--decay", action="store_true", help="let the rate fall to zero by the end")
     parser.add_argument("--fresh", action="store_true", help="start from scratch")
     parser.add_argument("--guesses", action="store_true", help="of decoder: train it on the denoiser's pictures too")
@@ -201,6 +203,8 @@ def main() -> None:
         train_lcm(*training, arguments.batch, arguments.processes)
     elif arguments.stage == "clip":
         train_clip(*training, arguments.batch, arguments.processes)
+    elif arguments.stage == "instruct":
+        train_instruct(*training, arguments.batch, arguments.processes)
     elif arguments.stage == "preview":
         preview(arguments.captions, arguments.output, arguments.cfg, arguments.steps, arguments.seed)
     elif arguments.stage == "flow-preview":
@@ -211,11 +215,11 @@ def main() -> None:
         test_clip()
     else:
         exports = {"export": export, "flow-export": export_flow, "lcm-export": export_lcm, "clip-export": export_clip}
-        exports[arguments.stage]()
+        (exports | {"instruct-export": export_instruct})[arguments.stage]()
 
 
 STAGES = ("data", "encoder", "decoder", "diffusion", "preview", "export", "flow", "flow-preview", "flow-export")
-STAGES += ("lcm", "lcm-preview", "lcm-export", "clip", "clip-export", "clip-test")
+STAGES += ("lcm", "lcm-preview", "lcm-export", "clip", "clip-export", "clip-test", "instruct", "instruct-export")
 CAPTIONS = [
     "a photo of a red cat on a meadow",
     "a photo of a dog with a hat facing right on a beach",

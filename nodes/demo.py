@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..demo import model, scenes
 from ..demo.clip import load_clip
 from ..demo.flow import load_flow
+from ..demo.instruct import load_instruct
 from . import sockets
 from .widgets import seed_of
 
@@ -104,11 +105,33 @@ class LoadDemoClip(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        device, offload_device = (
-            comfy.model_management.get_torch_device(),
-            comfy.model_management.unet_offload_device(),
+        devices = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+        return io.NodeOutput(ModelPatcher(load_clip(), *devices))
+
+
+class LoadDemoInstructModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PalimpsestLoadDemoInstructModel",
+            display_name="Load Demo Instruct Model",
+            category="Palimpsest/demo",
+            description=(
+                "A small InstructPix2Pix that comes with the pack: it edits pictures of 128 x 128 pixels such as Demo "
+                "Scene's by an instruction such as 'make the cat a dog', 'turn the car red', 'put it in the snow', 'as "
+                "a pencil drawing' or 'remove the hat'. For Instruct Guidance."
+            ),
+            search_aliases=["instructpix2pix", "ip2p", "instruct pix2pix", "demo instruct", "test model"],
+            outputs=[
+                io.Model.Output("model", tooltip="The demo model with channels for an image beside the latent."),
+                io.Clip.Output("clip", tooltip="Its text encoder. It knows the words of instructions and captions."),
+                io.Vae.Output("vae", tooltip="Its autoencoder, 128 x 128 pixels to 16 x 16 latents."),
+            ],
         )
-        return io.NodeOutput(ModelPatcher(load_clip(), device, offload_device))
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(*load_instruct())
 
 
 class DemoScene(io.ComfyNode):

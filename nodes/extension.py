@@ -19,6 +19,7 @@ from . import (
     flow_edit,
     guidance,
     inject,
+    instruct,
     inversion,
     maps,
     metrics,
@@ -65,6 +66,7 @@ NODES: list[type[io.ComfyNode]] = [
     guidance.NegativePromptGuider,
     guidance.ProximalGuidance,
     guidance.UniEditGuidance,
+    instruct.InstructGuidance,
     pull.ImagePullNode,
     concepts.ConceptGuidance,
     clip_guidance.ClipGuidanceNode,
@@ -77,6 +79,7 @@ NODES: list[type[io.ComfyNode]] = [
     demo.LoadDemoModel,
     demo.LoadDemoFlowModel,
     demo.LoadDemoClip,
+    demo.LoadDemoInstructModel,
     demo.DemoScene,
 ]
 

@@ -24,6 +24,7 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "flow-edit",
     "flow-inversion-edit",
     "image-pull",
+    "instruct",
     "keep-layout-change-rest",
     "local-blend",
     "masactrl-edit",

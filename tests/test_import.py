@@ -33,6 +33,7 @@ import palimpsest.guidance.negative_prompt, palimpsest.guidance.proximal, palimp
 import palimpsest.guidance.direction, palimpsest.guidance.sentences, palimpsest.guidance.rf_inversion
 import palimpsest.guidance.concepts, palimpsest.guidance.uni_edit, palimpsest.attention.masactrl
 import palimpsest.guidance.clip_guidance
+import palimpsest.guidance.instruct
 hosts = sorted(name for name in sys.modules if name.split(".")[0] in ("comfy", "comfy_api", "nodes", "server"))
 assert not hosts, hosts
 """

@@ -134,6 +134,8 @@ def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, folders: None) ->
     unet, clip, vae = run("LoadDemoModel")
     scene, *_ = run("DemoScene")
     source, target, *_ = run("PromptEdit", clip=clip)
+    instructed, *_ = run("LoadDemoInstructModel")
+    run("InstructGuidance", model=instructed, image=scene, vae=vae)
     found, *_ = run("DDIMInversion", model=unet, source=source, image=scene, vae=vae, steps=1)
     run("EditSampler", model=unet, trajectory=found, positive=target, vae=vae)
     run("EditMetrics", source=scene, edited=scene)

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from inspect import signature
 
 import torch
-from comfy.model_base import BaseModel
+from comfy.model_base import IP2P, BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import ModelSamplingDiscrete
 from comfy.patcher_extension import WrappersMP
@@ -711,6 +711,39 @@ def check_pulled(noise: Tensor, image: Tensor, virtual: bool) -> None:
         raise ValueError(
             f"Image Pull's image has latents of shape {list(image.shape)} but the sampler's are {list(noise.shape)}: "
             "connect an image of the size that is sampled, and one or as many as the batch holds."
+        )
+
+
+def check_instructed(model: ModelPatcher, node: str, key: str) -> None:
+    """Raises ValueError for models without channels for an image, and for those that were shown one under `key`."""
+    if not isinstance(model.model, IP2P):
+        raise ValueError(
+            f"{node} shows the MODEL an image, for which this one ({type(model.model).__name__}) has no channels: load "
+            "an InstructPix2Pix checkpoint, or Load Demo Instruct Model's."
+        )
+    if key in model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}):
+        raise ValueError(f"This MODEL already carries an {node}: one is enough, remove the other.")
+
+
+def check_beside(node: str, noise: Tensor, image: Tensor) -> None:
+    """Raises ValueError where the image to be shown beside a latent is of another size or number."""
+    if image.shape[1:] != noise.shape[1:] or len(image) not in (1, len(noise)):
+        raise ValueError(
+            f"{node}'s image has latents of shape {list(image.shape)} but the sampler's are {list(noise.shape)}: "
+            "connect the node's own latent to the sampler, and encode with the VAE that belongs to the MODEL."
+        )
+
+
+def check_guided_alone(node: str, guider: CFGGuider) -> None:
+    """Raises ValueError for guiders of more prompts than a positive and a negative, which combine them by themselves.
+
+    The pack's own further prompts have keys of ours.
+    """
+    others = [name for name in guider.conds if name not in ("positive", "negative") and not name.startswith(OURS[:-1])]
+    if others:
+        raise ValueError(
+            f"The guider {type(guider).__name__} combines a prompt '{others[0]}' by itself, but {node} guides from the "
+            "positive and the negative alone: use CFGGuider or a KSampler."
         )
 
 
