@@ -82,7 +82,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 FILES = {
-    "unet": (demo_model.WEIGHTS,),
+    "unet": (demo_model.WEIGHTS, demo_model.INPAINT_WEIGHTS),
     "few-step": (demo_model.WEIGHTS, demo_model.LCM_WEIGHTS),
     "flow": (FLOW_WEIGHTS,),
 }

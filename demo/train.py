@@ -5,7 +5,8 @@
 else from the weights that the pack ships (or from scratch, where `--fresh` asks for it), and `--decay` in the last
 session lets the learning rate fall along a cosine to zero. `export` writes the averaged weights to the file that the
 pack loads. The flow model has stages of its own, on the same scenes: `flow`, `flow-preview` and `flow-export`; so has
-the LoRA for few steps, on walks of the shipped model, at first always `--fresh`: `lcm`, `lcm-preview` and `lcm-export`.
+the LoRA for few steps, on walks of the shipped model, at first always `--fresh`: `lcm`, `lcm-preview` and `lcm-export`;
+and so has the inpainting model, on edits of scenes, at first `--fresh` as well: `inpaint` and `inpaint-export`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .model import CHANNELS, PATCH, SIZE, WEIGHTS, Autoencoder
 from .run import CAPTION_DROPOUT, CHECKPOINTS, ENCODER, Run, fitted_autoencoder, save, save_pictures
 from .team import Team
 from .train_flow import export_flow, preview_flow, train_flow
+from .train_inpaint import export_inpaint, train_inpaint
 
 DECODER_BATCH = 16
 
@@ -174,7 +176,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="that render or train at once")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--batch", type=int, default=32, help="of diffusion, flow and lcm")
+    parser.add_argument("--batch", type=int, default=32, help="of diffusion, flow, lcm and inpaint")
     parser.add_argument("--decay", action="store_true", help="let the rate fall to zero by the end")
     parser.add_argument("--fresh", action="store_true", help="start from scratch")
     parser.add_argument("--guesses", action="store_true", help="of decoder: train it on the denoiser's pictures too")
@@ -197,6 +199,8 @@ def main() -> None:
         train_flow(*training, arguments.batch, arguments.processes)
     elif arguments.stage == "lcm":
         train_lcm(*training, arguments.batch, arguments.processes)
+    elif arguments.stage == "inpaint":
+        train_inpaint(*training, arguments.batch, arguments.processes)
     elif arguments.stage == "preview":
         preview(arguments.captions, arguments.output, arguments.cfg, arguments.steps, arguments.seed)
     elif arguments.stage == "flow-preview":
@@ -204,11 +208,12 @@ def main() -> None:
     elif arguments.stage == "lcm-preview":
         preview_lcm(arguments.captions, arguments.output, arguments.steps, arguments.seed)
     else:
-        {"export": export, "flow-export": export_flow, "lcm-export": export_lcm}[arguments.stage]()
+        exports = {"export": export, "flow-export": export_flow, "lcm-export": export_lcm}
+        (exports | {"inpaint-export": export_inpaint})[arguments.stage]()
 
 
 STAGES = ("data", "encoder", "decoder", "diffusion", "preview", "export", "flow", "flow-preview", "flow-export")
-STAGES += ("lcm", "lcm-preview", "lcm-export")
+STAGES += ("lcm", "lcm-preview", "lcm-export", "inpaint", "inpaint-export")
 CAPTIONS = [
     "a photo of a red cat on a meadow",
     "a photo of a dog with a hat facing right on a beach",

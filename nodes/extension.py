@@ -28,6 +28,7 @@ from . import (
     sampler,
     store,
     trajectory,
+    value_inversion,
     viewer,
     virtual,
 )
@@ -43,6 +44,7 @@ NODES: list[type[io.ComfyNode]] = [
     trajectory.SaveTrajectory,
     trajectory.LoadTrajectory,
     null_text.NullTextInversion,
+    value_inversion.ValueInversion,
     conditioning.SaveConditioning,
     conditioning.LoadConditioning,
     prompt.PromptEdit,
