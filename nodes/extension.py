@@ -76,6 +76,7 @@ NODES: list[type[io.ComfyNode]] = [
     metrics.EditMetrics,
     demo.LoadDemoModel,
     demo.LoadDemoFlowModel,
+    demo.LoadDemoInpaintModel,
     demo.DemoScene,
 ]
 

@@ -23,6 +23,7 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "flow-edit",
     "flow-inversion-edit",
     "image-pull",
+    "inpaint",
     "keep-layout-change-rest",
     "local-blend",
     "masactrl-edit",
@@ -34,6 +35,7 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "pnp-translate",
     "several-targets",
     "strengthen-a-word",
+    "stylediffusion",
     "uni-edit",
     "virtual-inversion",
 )
