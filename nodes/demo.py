@@ -92,9 +92,7 @@ class LoadDemoInpaintModel(io.ComfyNode):
             ),
             search_aliases=["demo inpainting", "inpaint checkpoint", "fill mask", "glide", "toy inpaint", "test model"],
             outputs=[
-                io.Model.Output(
-                    "model", tooltip="The diffusion model, laid out like SD1.5 inpainting, only smaller."
-                ),
+                io.Model.Output("model", tooltip="The diffusion model, laid out like SD1.5 inpainting, only smaller."),
                 io.Clip.Output("clip", tooltip="Its text encoder. It knows the words of Demo Scene captions only."),
                 io.Vae.Output("vae", tooltip="Its autoencoder, 128 x 128 pixels to 16 x 16 latents."),
             ],
