@@ -35,7 +35,6 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "pnp-translate",
     "several-targets",
     "strengthen-a-word",
-    "stylediffusion",
     "uni-edit",
     "virtual-inversion",
 )
