@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import comfy.samplers
+import comfy.utils
 import folder_paths
 import nodes as host_nodes
 import pytest
@@ -98,18 +98,6 @@ def test_source_and_target_see_their_own_masks(kind: str) -> None:
         torch.testing.assert_close(x, state[0])
     assert sum(torch.equal(beside, of_target) for _, beside in seen) == 2 * tiny.steps
     assert len(seen) == 3 * tiny.steps
-
-
-@pytest.mark.parametrize("masked", [True, False])
-def test_a_looked_up_source_is_the_plain_pair(masked: bool) -> None:
-    """A prompt swapped by itself, at guidance 1: the sampler's own way down, whatever is read from the source."""
-    source = hiding(1) if masked else conditioning(1)
-    tiny = nine_channels(source=source)
-    plain = tiny.sample(tiny.model, source, source, cfg=1.0)
-    edited = attach(tiny.model, tiny.trajectory, swap(target=source[0][0]))
-    assert float((tiny.sample(edited, source, source, cfg=1.0) - plain).norm() / plain.norm()) < 0.05
-    other = attach(tiny.model, tiny.trajectory._replace(conditioning=hiding(5)), swap(target=source[0][0]))
-    assert float((tiny.sample(other, source, source, cfg=1.0) - plain).norm() / plain.norm()) > 0.05
 
 
 def test_an_edit_that_reads_nothing_is_the_plain_sampler() -> None:
