@@ -171,7 +171,8 @@ def test_what_was_trained_is_what_the_host_samples(inpaint: tuple) -> None:
 
 def test_told_nothing_it_takes_all_for_hidden(inpaint: tuple) -> None:
     model = inpaint[0].model
-    blank = model.concat_cond(noise=torch.zeros(2, 16, 16, 16), device=torch.device("cpu"))
+    nothing = torch.zeros(2, 16, 16, 16)
+    blank = model.concat_cond(noise=nothing, latent_image=nothing, device=torch.device("cpu"))
     grey = inpaint[2].encode(torch.full((1, 128, 128, 3), 0.5))
     assert torch.equal(blank[:, :1], torch.ones(2, 1, 16, 16))
     torch.testing.assert_close(blank[:, 1:], grey.expand(2, -1, -1, -1), rtol=1e-4, atol=1e-4)
