@@ -204,6 +204,15 @@ class PromptEdit(NamedTuple):
             torch.stack([carry.own.repeat(length // len(carry.own)) for carry in carries]),
         )
 
+    def shared(self) -> Tensor:
+        """[K, source tokens, target tokens]: which tokens of the source stand in for each that both prompts have.
+
+        Their weights are 1 together; a token of the target alone has none.
+        """
+        carried = self.carry("refine").source
+        total = carried.sum(1, keepdim=True)
+        return carried / total.where(total > 0, torch.ones(()))
+
 
 def same_prompt(one: Tensor, other: Tensor) -> bool:
     """Whether two embeddings [b, tokens, channels] are a prompt's (1 % apart at most, as for another precision)."""

@@ -15,7 +15,7 @@ from ..host.run.model import is_unet
 from ..host.run.refusals import check_worded
 from ..host.run.tokens import prompt_words
 from .alignment import PromptEdit, resolve, same_prompt
-from .p2p import PRESETS, PromptToPrompt, Settings
+from .p2p import NEVER, PRESETS, PromptToPrompt, Settings, Window
 from .phrases import gains, windows
 
 
@@ -50,9 +50,11 @@ def prompt_to_prompt(
     reweight: str = "",
     word_schedule: str = "",
     store: AttentionStore | None = None,
+    value_replace: float = 0.5,
 ) -> ModelPatcher:
     """A clone of `model` whose samples are the edited image.
 
+    value_replace: until where in the run words of both prompts read the source's own values, where it has such.
     reweight and word_schedule: lines of words and numbers, as the inputs of P2P Attention Controller. Raises ValueError
     where the trajectory is of another prompt or model, or names words that are not there.
     """
@@ -74,5 +76,8 @@ def prompt_to_prompt(
         gain = gain + (settings.new_words - 1) * carry.own
     cross = windows(word_schedule, edit, settings.cross.start, settings.cross.end)
     self_positions = settings.self_max_side**2 if is_unet(model) else math.inf  # all layers are of one size
-    rule = PromptToPrompt(carry, edit.embeddings[1], gain, cross, settings.self_, self_positions)
+    shared, values = None, NEVER
+    if trajectory.values is not None:
+        shared, values = edit.shared(), Window(0.0, value_replace)
+    rule = PromptToPrompt(carry, edit.embeddings[1], gain, cross, settings.self_, self_positions, shared, values)
     return attach(model, trajectory, rule, store)

@@ -8,6 +8,9 @@ Section 3.2: while the schedule lasts, the target's cross-attention map becomes
 becomes the source's in layers of low resolution. Attention is linear in its values and the projections have no bias, so
 each term is ordinary attention over the value inputs W @ context_target: only inputs are swapped.
 
+Where a source reads values of its own (StyleDiffusion, arXiv 2303.15649), the words of the target that both prompts
+have read them too for as long as `values` lasts: shared^T @ the source's in place of the target's own value inputs.
+
 In the joint attention of a flow transformer the columns of the text are the cross-attention map and those of the image
 the self-attention map of each image token (MM-DiT Prompt-to-Prompt, arXiv 2508.07519, reads the latter alone).
 """
@@ -69,6 +72,7 @@ class PromptToPrompt:
     gain: [k, target tokens], the re-weighting factor c of each token.
     cross: [2, k, target tokens], start and end of each token's replacement.
     self_positions: the greatest h * w of a layer whose self-attention map is replaced, infinite for all.
+    shared: [k, source tokens, target tokens], which of the source's tokens stand in for the target's, 0 for new ones.
     """
 
     carry: Carry
@@ -77,6 +81,8 @@ class PromptToPrompt:
     cross: Tensor
     self_: Window
     self_positions: float
+    shared: Tensor | None = None
+    values: Window = NEVER
     node = "P2P Attention Controller"
 
     def check(self, positive: Tensor, batch: int) -> None:
@@ -92,10 +98,11 @@ class PromptToPrompt:
 
     def at(self, fraction: float) -> _Rule | None:
         self_positions = self.self_positions if fraction in self.self_ else 0
-        cross = bool(self.alpha(fraction).any())
+        values = fraction in self.values
+        cross = values or bool(self.alpha(fraction).any())
         if not cross and not self_positions:
             return None
-        return _Rule(self.tables(fraction) if cross else None, self_positions)
+        return _Rule(self.tables(fraction) if cross else None, self_positions, self.shared if values else None)
 
     def alpha(self, fraction: float) -> Tensor:
         """[k, target tokens], 1 where a token's map is replaced."""
@@ -129,6 +136,7 @@ class _Rule:
 
     tables: tuple[Tensor, Tensor] | None
     self_positions: float
+    shared: Tensor | None = None
     placed: dict[tuple, _Placed] = field(default_factory=dict, compare=False)
     node = PromptToPrompt.node
     everyone = False
@@ -142,6 +150,8 @@ class _Rule:
         if layer.kind == "self":
             return (Read(Inputs(source.query, source.key, target.value)),)
         value = target.value.flatten(2)
+        if self.shared is not None:
+            value = mixed(self.shared[torch.arange(len(value)) % len(self.shared)].to(value), source.value, value)
         carried, own, carries = self.beside(value, source.key.shape[1])
 
         def term(inputs: Inputs, carry: Tensor, carried_value: Tensor) -> Read:
@@ -162,6 +172,13 @@ class _Rule:
             own = own[:, : value.shape[1]].diag_embed().to(value) if self.tables[1].any() else None
             self.placed[place] = _Placed(carried.to(value), own, tuple(carried.flatten(1).any(1).tolist()))
         return self.placed[place]
+
+
+def mixed(shared: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """Value inputs [b, target tokens, channels]: the source's where `shared` [b, source tokens, target tokens] has any,
+    else the target's.
+    """
+    return torch.where(shared.any(1)[..., None], shared.mT @ source, target)
 
 
 def cut(carried: Tensor, source: int, target: int) -> Tensor:

@@ -35,6 +35,7 @@ from ..host.run.refusals import (
     check_same_model,
     check_source,
     check_unguided,
+    check_without_values,
     prompt_in_place,
 )
 from ..host.run.sampler import OwnSampler, Run
@@ -126,6 +127,7 @@ def record_attention(
     check_readable(model, "Record Attention")
     check_same_model(model, trajectory)
     check_source(trajectory.conditioning)
+    check_without_values(trajectory, "Record Attention")
     check_every_call(model, "Record Attention")
     if KEY in model.model_options["transformer_options"]:
         raise ValueError("Record Attention was given a MODEL that is already edited: connect the MODEL from before.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -17,16 +18,20 @@ import numpy as np
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.samplers import KSAMPLER, Sampler
+from nodes import InpaintModelConditioning
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from ..attention.local_blend import LocalBlend
 from ..attention.masactrl import MasaCtrl
 from ..attention.p2p import PRESETS as P2P_PRESETS
+from ..attention.p2p import Window
 from ..attention.pnp import PlugAndPlay
 from ..demo import scenes
 from ..demo.clip import load_clip
 from ..demo.edits import Edit
 from ..demo.instructions import said
+from ..demo.model import load_inpaint
 from ..guidance.clip_guidance import ClipGuidance, direction
 from ..guidance.cross_attention import CrossAttentionGuidance
 from ..guidance.instruct import Instruct
@@ -60,6 +65,8 @@ from ..inversion.run import (
     record,
     resample,
 )
+from ..inversion.value_inversion import Settings as Values
+from ..inversion.value_inversion import value_inversion
 from ..inversion.virtual import PRESETS, invert_virtually, schedule
 from .edits import directed, encode, local_blend, one_edit, prompt_edit, prompt_to_prompt
 
@@ -130,6 +137,11 @@ class Batch:
         return torch.randn(self.latent.shape, generator=generator)
 
     @cached_property
+    def inpaint(self) -> tuple:
+        model, clip, vae = load_inpaint()
+        return metered(model, self.cost)[0], clip, vae
+
+    @cached_property
     def moved(self) -> list:
         return [[directed(self.clip, self.cases, self.source[0][0]), {}]]
 
@@ -186,6 +198,13 @@ def null_texts(batch: Batch) -> Inverted:
 
 def null_text_of_source(batch: Batch) -> Inverted:
     return Inverted(batch.model, batch.inverted(NULL_TEXT)[0].followed, batch.negative, euler())
+
+
+def fitted_values(batch: Batch) -> Inverted:
+    pivot = batch.inverted(DDIM)[0].trajectory
+    settings = Values(cfg=batch.cfg, inner_steps=30)
+    trajectory = value_inversion(batch.model, pivot, batch.negative, settings, checkpointing=False)
+    return Inverted(batch.model, trajectory, batch.negative, euler())
 
 
 def edit_friendly(batch: Batch) -> Inverted:
@@ -269,6 +288,8 @@ def naive(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
 
 def p2p(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
     rule = prompt_to_prompt(batch.edits, 1.0, batch.arguments)
+    if inverted.trajectory.values is not None:  # as P2P Attention Controller by default
+        rule = replace(rule, shared=torch.cat([edit.shared() for edit in batch.edits]), values=Window(0.0, 0.5))
     return attach(inverted.model, inverted.trajectory, rule), batch.target
 
 
@@ -369,7 +390,8 @@ def followed(batch: Batch, inverted: Inverted) -> ModelPatcher:
     )
 
 
-DDIM, NULL_TEXT, OF_FLOWS, OF_FLOWS_IN_PART = "DDIM", "null text", "Uni-Inv", "Uni-Inv of 0.7"
+DDIM, NULL_TEXT, VALUES = "DDIM", "null text", "values (StyleDiffusion)"
+OF_FLOWS, OF_FLOWS_IN_PART = "Uni-Inv", "Uni-Inv of 0.7"
 INVERSIONS: dict[str, Callable[[Batch], Inverted]] = {
     DDIM: ddim,
     "drifting DDIM": drifting,
@@ -416,7 +438,9 @@ INVERSIONS[OF_FLOWS_IN_PART] = uni_inv_in_part
 EDITORS |= {"CLIP guidance": clip_guided, "CLIP guidance alone": clip_alone}
 GRID += [(DDIM, editor) for editor in ("CLIP guidance", "CLIP guidance alone")]
 EDITORS |= {"KV-Edit, true mask": kv_edit, "UniEdit": uni_edit}  # of flows alone
-UPON = dict.fromkeys(("drifting DDIM", "negative prompt", NULL_TEXT, *ABLATIONS), DDIM)
+INVERSIONS[VALUES] = fitted_values
+GRID += [(VALUES, "P2P")]
+UPON = dict.fromkeys(("drifting DDIM", "negative prompt", NULL_TEXT, VALUES, *ABLATIONS), DDIM)
 UPON["null text, of the source alone"] = NULL_TEXT
 
 
@@ -481,6 +505,19 @@ def true_mask(batch: Batch) -> Tensor:
     return torch.from_numpy(np.stack([case.mask() for case in batch.cases])).float()[:, None]
 
 
+def inpainting(batch: Batch) -> Tensor:
+    """The demo's inpainting checkpoint from pure noise, told the true mask, as GLIDE edits (arXiv 2112.10741)."""
+    model, _, vae = batch.inpaint
+    pictures = torch.from_numpy(np.stack([scenes.render(case.source) for case in batch.cases]))
+    mask = max_pool2d(true_mask(batch), 9, 1, 4)[:, 0]  # what is half in the latent's position is in it
+    positive, negative, latent = InpaintModelConditioning().encode(
+        batch.target, batch.negative, pictures, vae, mask, noise_mask=True
+    )
+    guider = Guidance(positive, negative, batch.cfg).guider(model)
+    hidden = latent["noise_mask"]
+    return guider.sample(batch.noise(), latent["samples"], euler(), batch.sigmas, hidden, seed=0).cpu()
+
+
 UNINVERTED: dict[str, Callable[[Batch], Tensor]] = {
     **{f"SDEdit at {strength:g}": partial(sdedit, strength) for strength in (0.4, 0.6, 0.8)},
     "SDEdit at 0.8, true mask": partial(sdedit, 0.8, mask_of=true_mask),
@@ -509,3 +546,5 @@ RECIPES = {
 INSTRUCTED = {f"Instruct Guidance at {scale:g}": partial(instruct, scale) for scale in (1.0, 1.2, 1.5)}
 UNINVERTED |= INSTRUCTED
 RECIPES["instruct"] = list(INSTRUCTED)
+UNINVERTED["inpainting with the true mask"] = inpainting  # whose checkpoint is the UNet's, for many steps
+RECIPES["unet"].insert(0, "inpainting with the true mask")

@@ -83,7 +83,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 FILES = {
-    "unet": (demo_model.WEIGHTS,),
+    "unet": (demo_model.WEIGHTS, demo_model.INPAINT_WEIGHTS),
     "few-step": (demo_model.WEIGHTS, demo_model.LCM_WEIGHTS),
     "flow": (FLOW_WEIGHTS,),
     "instruct": (demo_model.WEIGHTS, INSTRUCT_WEIGHTS),

@@ -43,10 +43,12 @@ KEPT = torch.cat([torch.ones(1), ALPHA_BAR])  # of the image's variance, at leve
 class Lora(nn.Module):
     """What is added to the layers of a UNet: two thin matrices each, of (outputs, all else) of a convolution."""
 
-    def __init__(self, unet: nn.Module, rank: int = RANK) -> None:
+    def __init__(self, unet: nn.Module, rank: int = RANK, without: str = "") -> None:
         super().__init__()
         self.shapes = {
-            name: layer.weight.shape for name, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+            name: layer.weight.shape
+            for name, layer in unet.named_modules()
+            if isinstance(layer, nn.Linear | nn.Conv2d) and name != without
         }
         sides = [(shape[0], shape[1:].numel()) for shape in self.shapes.values()]
         self.up = nn.ParameterList(torch.zeros(rows, rank) for rows, _ in sides)
@@ -65,8 +67,8 @@ class Lora(nn.Module):
         for (name, shape), up, down in zip(self.shapes.items(), self.up, self.down, strict=True):
             key, side = f"diffusion_model.{name}", shape[2:]
             tensors[f"{key}.lora_up.weight"] = up.view(*up.shape, *[1] * len(side))
-            tensors[f"{key}.lora_down.weight"] = down.view(RANK, shape[1], *side)
-            tensors[f"{key}.alpha"] = torch.tensor(float(RANK))  # over the rank: the scale, 1
+            tensors[f"{key}.lora_down.weight"] = down.view(-1, shape[1], *side)
+            tensors[f"{key}.alpha"] = torch.tensor(float(len(down)))  # over the rank: the scale, 1
         return {key: value.detach().half().contiguous() for key, value in tensors.items()}
 
 

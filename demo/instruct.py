@@ -6,7 +6,6 @@ layer of the UNet and of the text encoder, and the tokens of the words that inst
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import comfy.model_base
@@ -17,7 +16,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from .model import CHANNELS, UNET, WEIGHTS, Autoencoder, ModelConfig, load_clip, load_vae, part
+from .model import CHANNELS, WEIGHTS, Autoencoder, ModelConfig, load_clip, load_vae, part
 
 INSTRUCT_WEIGHTS = Path(__file__).parent / "demo-instruct.safetensors"
 FIRST = "input_blocks.0.0.weight"
@@ -25,10 +24,11 @@ FIRST = "input_blocks.0.0.weight"
 
 class InstructConfig(ModelConfig):
     def __init__(self, autoencoder: Autoencoder) -> None:
-        super().__init__(autoencoder)
-        self.unet_config = copy.deepcopy(UNET) | {"in_channels": 2 * CHANNELS}
+        super().__init__(autoencoder, 2 * CHANNELS)
 
-    def get_model(self, state_dict: dict[str, Tensor], prefix: str = "", device=None):
+    def get_model(
+        self, state_dict: dict[str, Tensor], prefix: str = "", device: torch.device | None = None
+    ) -> comfy.model_base.BaseModel:
         return comfy.model_base.SD15_instructpix2pix(self, self.model_type(state_dict, prefix), device)
 
 

@@ -27,10 +27,13 @@ from .tokenizer import DemoTokenizer
 
 WEIGHTS = Path(__file__).parent / "demo-model.safetensors"
 LCM_WEIGHTS = Path(__file__).parent / "demo-lcm.safetensors"
+INPAINT_WEIGHTS = Path(__file__).parent / "demo-inpaint.safetensors"
 
 SIZE = 128  # pixels a side
 PATCH = 8  # pixels a side that one latent position stands for
 CHANNELS = 16
+INPAINT_CHANNELS = 2 * CHANNELS + 1  # the latent, a mask, and the latent of the picture without what the mask hides
+FIRST = "input_blocks.0.0"  # the UNet's first convolution
 
 UNET = {
     "image_size": SIZE // PATCH,
@@ -142,15 +145,24 @@ class ModelConfig(comfy.supported_models_base.BASE):
     unet_extra_config = {}  # the host's default would overrule the attention heads of UNET
     memory_usage_factor = 1.0
 
-    def __init__(self, autoencoder: Autoencoder) -> None:
-        super().__init__(copy.deepcopy(UNET))
+    def __init__(self, autoencoder: Autoencoder, channels: int = CHANNELS) -> None:
+        super().__init__(copy.deepcopy(UNET) | {"in_channels": channels})
         self.latent_format = LatentFormat(autoencoder)
+        self.grey = autoencoder.encode(torch.zeros(1, 3, SIZE, SIZE))
+
+    def get_model(
+        self, state_dict: dict[str, Tensor], prefix: str = "", device: torch.device | None = None
+    ) -> comfy.model_base.BaseModel:
+        model = super().get_model(state_dict, prefix, device)
+        if self.inpaint_model():  # what it sees where it is told nothing: all of the picture hidden
+            model.blank_inpaint_image_like = lambda latent: self.grey.to(latent).expand_as(latent)
+        return model
 
     def model_type(self, state_dict: dict[str, Tensor], prefix: str = "") -> comfy.model_base.ModelType:
         return comfy.model_base.ModelType.V_PREDICTION
 
     def inpaint_model(self) -> bool:
-        return False
+        return self.unet_config["in_channels"] > CHANNELS
 
 
 def load(path: Path = WEIGHTS, few_steps: bool = False) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
@@ -159,8 +171,7 @@ def load(path: Path = WEIGHTS, few_steps: bool = False) -> tuple[ModelPatcher, c
     few_steps: with the LoRA that samples it in 4 to 8 steps without guidance.
     """
     weights = comfy.utils.load_torch_file(str(path), safe_load=True)
-    autoencoder = Autoencoder().eval().requires_grad_(False)
-    autoencoder.load_state_dict(part(weights, "vae."))
+    autoencoder = _load_autoencoder(weights)
     unet = _load_unet(weights, autoencoder)
     if few_steps:
         lora = comfy.utils.load_torch_file(str(LCM_WEIGHTS), safe_load=True)
@@ -168,12 +179,33 @@ def load(path: Path = WEIGHTS, few_steps: bool = False) -> tuple[ModelPatcher, c
     return unet, load_clip(weights), load_vae(autoencoder)
 
 
+def load_inpaint(path: Path = INPAINT_WEIGHTS) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+    """As `load`, with the further input channels of an inpainting checkpoint and the LoRA that was trained for them."""
+    weights = comfy.utils.load_torch_file(str(WEIGHTS), safe_load=True)
+    weights[f"unet.{FIRST}.weight"] = widened(weights[f"unet.{FIRST}.weight"])
+    autoencoder = _load_autoencoder(weights)
+    added = comfy.utils.load_torch_file(str(path), safe_load=True)
+    unet, _ = comfy.sd.load_lora_for_models(_load_unet(weights, autoencoder), None, added, 1.0, 0.0)
+    return unet, load_clip(weights), load_vae(autoencoder)
+
+
+def widened(weight: Tensor) -> Tensor:
+    """The first convolution's weight with zeros for what an inpainting model sees beside the latent."""
+    return torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, INPAINT_CHANNELS - CHANNELS))
+
+
 def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value.float() for key, value in weights.items() if key.startswith(prefix)}
 
 
+def _load_autoencoder(weights: dict[str, Tensor]) -> Autoencoder:
+    autoencoder = Autoencoder().eval().requires_grad_(False)
+    autoencoder.load_state_dict(part(weights, "vae."))
+    return autoencoder
+
+
 def _load_unet(weights: dict[str, Tensor], autoencoder: Autoencoder) -> ModelPatcher:
-    config = ModelConfig(autoencoder)
+    config = ModelConfig(autoencoder, weights[f"unet.{FIRST}.weight"].shape[1])
     config.set_inference_dtype(torch.float32, None)
     offload_device = comfy.model_management.unet_offload_device()
     model = config.get_model(weights, device=offload_device)

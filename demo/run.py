@@ -119,6 +119,7 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
 ENDS = ("unet.input_blocks.0.", "unet.out.", "text.tokens")
 ENDS += ("image", "tokens")  # of the model that follows instructions
 ENDS += ("img_in.", "txt_in.", "vector_in.", "time_in.", "final_layer.")  # of Flux
+ENDS += ("first",)  # of the inpainting model
 BESIDE = ("embedding", "_mod.lin.", ".modulation.lin.", "lora.")
 
 

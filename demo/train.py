@@ -6,8 +6,9 @@ else from the weights that the pack ships (or from scratch, where `--fresh` asks
 session lets the learning rate fall along a cosine to zero. `export` writes the averaged weights to the file that the
 pack loads. The flow model has stages of its own, on the same scenes: `flow`, `flow-preview` and `flow-export`; so has
 the LoRA for few steps, on walks of the shipped model, at first always `--fresh`: `lcm`, `lcm-preview` and `lcm-export`;
-the CLIP that sees through noise, at first `--fresh` too: `clip`, `clip-export` and `clip-test`; and the model that
-follows instructions, on the pairs of `dev.py pairs`: `instruct` and `instruct-export`.
+the CLIP that sees through noise: `clip`, `clip-export` and `clip-test`; the model that follows instructions, on the
+pairs of `dev.py pairs`: `instruct` and `instruct-export`; and the inpainting model: `inpaint` and `inpaint-export`.
+These too begin with `--fresh`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .run import CAPTION_DROPOUT, CHECKPOINTS, ENCODER, Run, fitted_autoencoder,
 from .team import Team
 from .train_clip import export_clip, test_clip, train_clip
 from .train_flow import export_flow, preview_flow, train_flow
+from .train_inpaint import export_inpaint, train_inpaint
 from .train_instruct import export_instruct, train_instruct
 
 DECODER_BATCH = 16
@@ -205,6 +207,8 @@ def main() -> None:
         train_clip(*training, arguments.batch, arguments.processes)
     elif arguments.stage == "instruct":
         train_instruct(*training, arguments.batch, arguments.processes)
+    elif arguments.stage == "inpaint":
+        train_inpaint(*training, arguments.batch, arguments.processes)
     elif arguments.stage == "preview":
         preview(arguments.captions, arguments.output, arguments.cfg, arguments.steps, arguments.seed)
     elif arguments.stage == "flow-preview":
@@ -215,11 +219,13 @@ def main() -> None:
         test_clip()
     else:
         exports = {"export": export, "flow-export": export_flow, "lcm-export": export_lcm, "clip-export": export_clip}
-        (exports | {"instruct-export": export_instruct})[arguments.stage]()
+        exports |= {"instruct-export": export_instruct, "inpaint-export": export_inpaint}
+        exports[arguments.stage]()
 
 
 STAGES = ("data", "encoder", "decoder", "diffusion", "preview", "export", "flow", "flow-preview", "flow-export")
 STAGES += ("lcm", "lcm-preview", "lcm-export", "clip", "clip-export", "clip-test", "instruct", "instruct-export")
+STAGES += ("inpaint", "inpaint-export")
 CAPTIONS = [
     "a photo of a red cat on a meadow",
     "a photo of a dog with a hat facing right on a beach",

@@ -34,6 +34,7 @@ from ..host.run.refusals import (
     check_source,
     check_unet,
     check_unguided,
+    check_without_values,
 )
 from ..host.run.sampler import OwnSampler, Run
 from ..host.run.timed import timed
@@ -66,23 +67,20 @@ class Settings(NamedTuple):
 
 def fit(
     embedding: Tensor,
-    reach: Callable[[Tensor], Tensor],
-    pivot: Tensor,
-    signal: float,
+    reach: Callable[[Tensor], tuple[Tensor, Tensor]],
     rate: float,
     enough: float,
     inner_steps: int,
 ) -> tuple[Tensor, Tensor]:
-    """Adam on one step's negative: the embedding [b, tokens, channels] found, and the x [b, c, h, w] it reaches.
+    """Adam on one step's embedding [b, tokens, channels]: what is found, and the x [b, c, h, w] that it reaches.
 
-    `reach(embedding)` is the sampler's next x and `pivot` where it should be; times `signal`, sqrt(alpha_bar), both are
-    z. Every image of the batch has its own loss and stops by itself, before an update that it does not need.
+    `reach(embedding)` is the sampler's next x and the losses [b] there. Every image of the batch stops by itself,
+    before an update that it does not need.
     """
     embedding = embedding.clone().requires_grad_()
     adam = torch.optim.Adam([embedding], rate)
     for _ in range(inner_steps):
-        x = reach(embedding)
-        losses = ((x - pivot) * signal).square().flatten(1).mean(1)
+        x, losses = reach(embedding)
         going_on = losses >= enough
         if not going_on.any():
             return embedding.detach(), x.detach()
@@ -92,7 +90,12 @@ def fit(
         with torch.no_grad():
             embedding.copy_(torch.where(going_on[:, None, None], embedding, before))
     with torch.no_grad():
-        return embedding.detach(), reach(embedding)
+        return embedding.detach(), reach(embedding)[0]
+
+
+def missed(x: Tensor, pivot: Tensor, sigma: float) -> Tensor:
+    """[b]: mean squared error of z, which is x sqrt(alpha_bar)."""
+    return ((x - pivot) * (1 + sigma**2) ** -0.5).square().flatten(1).mean(1)
 
 
 class NullTextSampler(OwnSampler):
@@ -136,7 +139,7 @@ class NullTextSampler(OwnSampler):
             conditional = denoise(POSITIVE, positive)
         calls = 0
 
-        def reach(embedding: Tensor) -> Tensor:
+        def reach(embedding: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal calls
             unconditional = denoise(NEGATIVE, _with_embedding(negative, embedding))
             denoised = unconditional + (conditional - unconditional) * settings.cfg
@@ -149,11 +152,10 @@ class NullTextSampler(OwnSampler):
                     f"{NODE} came to NaN or infinite values in step {i + 1} of {self.pivot.steps}, with learning_rate "
                     f"{settings.learning_rate:g} and cfg {settings.cfg:g}: lower learning_rate, or cfg."
                 )
-            return reached
+            return reached, missed(reached, pivot, sigma_next)
 
         start = (self.negatives[-1] if self.negatives else self.start).to(run.latent, copy=True)
-        signal = (1 + sigma_next**2) ** -0.5
-        return fit(start, reach, pivot, signal, settings.rate(i), settings.enough(i), settings.inner_steps)
+        return fit(start, reach, settings.rate(i), settings.enough(i), settings.inner_steps)
 
     def _unfinished(self, run: Run) -> Unfinished:
         """Known by the inputs, and by what the model, with all that patches it and its prompts, first answers."""
@@ -165,33 +167,39 @@ class NullTextSampler(OwnSampler):
 
 def check(model: ModelPatcher, pivot: Trajectory, start: list, settings: Settings) -> None:
     """Raises ValueError for models, trajectories, prompts and settings that this does not fit."""
-    check_unedited(model, NODE)
-    check_every_call(model, NODE)
+    check_optimised(NODE, "negatives", model, pivot, start)
+    if settings.cfg == 1:
+        raise ValueError(f"{NODE} at cfg 1 has nothing to optimise, as the negative is not used: set the edit's cfg.")
+
+
+def check_optimised(node: str, fitted: str, model: ModelPatcher, pivot: Trajectory, negative: list) -> None:
+    """Raises ValueError where `node` cannot fit what it does, its `fitted`, to a pivot by gradients through a model."""
+    check_unedited(model, node)
+    check_every_call(model, node)
     check_unguided(model)
-    check_unet(model, "Null Text Inversion")
+    check_unet(model, node)
     check_one_gpu(model)
-    check_attention(model, NODE)
+    check_attention(model, node)
     check_same_model(model, pivot)
     if pivot.sampler != EULER:
         raise ValueError(
-            f"{NODE} fits its negatives to the steps of euler, but the trajectory was inverted for {pivot.sampler}: "
+            f"{node} fits its {fitted} to the steps of euler, but the trajectory was inverted for {pivot.sampler}: "
             "set solver of DDIM Inversion to ddim (euler)."
         )
     check_source(pivot.conditioning)
+    check_without_values(pivot, node)
     ((source, options),) = pivot.conditioning
-    check_plain(start, f"The empty prompt of {NODE}", source)
+    check_plain(negative, f"The empty prompt of {node}", source)
     if options.get("gligen") is not None:
-        raise ValueError(f"{NODE} cannot work through GLIGEN: invert with a source prompt that has none.")
-    if settings.cfg == 1:
-        raise ValueError(f"{NODE} at cfg 1 has nothing to optimise, as the negative is not used: set the edit's cfg.")
+        raise ValueError(f"{node} cannot work through GLIGEN: invert with a source prompt that has none.")
     if pivot.steps > MOST_STEPS:
         raise ValueError(
-            f"{NODE} follows the paper's learning rate, which ends at step {MOST_STEPS}, but the trajectory has "
+            f"{node} follows the paper's learning rate, which ends at step {MOST_STEPS}, but the trajectory has "
             f"{pivot.steps} steps: invert with at most {MOST_STEPS}."
         )
 
 
-def check_pivot(model: ModelPatcher, pivot: Trajectory) -> None:
+def check_pivot(model: ModelPatcher, pivot: Trajectory, node: str = NODE) -> None:
     """Raises ValueError for trajectories that the sampler does not follow, such as those of independent noises.
 
     A plain step with the source prompt at cfg 1 is tried at the first state and at one in the middle. Steps from the
@@ -209,7 +217,7 @@ def check_pivot(model: ModelPatcher, pivot: Trajectory) -> None:
     miss = float(torch.stack(misses).amin(0).max())
     if miss > MISS:
         raise ValueError(
-            f"{NODE} was given a trajectory that sampling does not follow, not even at cfg 1 (a step misses it by "
+            f"{node} was given a trajectory that sampling does not follow, not even at cfg 1 (a step misses it by "
             f"{miss:.2f}): connect the trajectory of DDIM Inversion at cfg 1, not that of Edit Friendly Inversion."
         )
 

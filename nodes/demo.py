@@ -134,6 +134,30 @@ class LoadDemoInstructModel(io.ComfyNode):
         return io.NodeOutput(*load_instruct())
 
 
+class LoadDemoInpaintModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PalimpsestLoadDemoInpaintModel",
+            display_name="Load Demo Inpaint Model",
+            category="Palimpsest/demo",
+            description=(
+                "Load Demo Model as an inpainting checkpoint: with InpaintModelConditioning it draws what a mask "
+                "hides, from the same captions, 128 x 128 pixels."
+            ),
+            search_aliases=["demo inpainting", "inpaint checkpoint", "fill mask", "glide", "toy inpaint", "test model"],
+            outputs=[
+                io.Model.Output("model", tooltip="The diffusion model, laid out like SD1.5 inpainting, only smaller."),
+                io.Clip.Output("clip", tooltip="Its text encoder. It knows the words of Demo Scene captions only."),
+                io.Vae.Output("vae", tooltip="Its autoencoder, 128 x 128 pixels to 16 x 16 latents."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(*model.load_inpaint())
+
+
 class DemoScene(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

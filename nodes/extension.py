@@ -30,6 +30,7 @@ from . import (
     sampler,
     store,
     trajectory,
+    value_inversion,
     viewer,
     virtual,
 )
@@ -45,6 +46,7 @@ NODES: list[type[io.ComfyNode]] = [
     trajectory.SaveTrajectory,
     trajectory.LoadTrajectory,
     null_text.NullTextInversion,
+    value_inversion.ValueInversion,
     conditioning.SaveConditioning,
     conditioning.LoadConditioning,
     prompt.PromptEdit,
@@ -80,6 +82,7 @@ NODES: list[type[io.ComfyNode]] = [
     demo.LoadDemoFlowModel,
     demo.LoadDemoClip,
     demo.LoadDemoInstructModel,
+    demo.LoadDemoInpaintModel,
     demo.DemoScene,
 ]
 

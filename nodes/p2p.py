@@ -109,6 +109,19 @@ class P2PAttentionController(io.ComfyNode):
                     optional=True,
                     tooltip="From Record Attention: the edit then runs two rows a step instead of three.",
                 ),
+                io.Float.Input(
+                    "value_replace",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Until where in the run words of both prompts show what Value Inversion found for them. Higher "
+                        "keeps more of the image's looks. Without that node's trajectory it does nothing. Paper: 0.5."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output("model", tooltip="The model whose samples are the edited image.")],
         )
@@ -128,11 +141,15 @@ class P2PAttentionController(io.ComfyNode):
         self_replace_start,
         self_max_side,
         attention_store=None,
+        value_replace=0.5,
     ) -> io.NodeOutput:
         cross, self_ = Window(cross_replace_start, cross_replace), Window(self_replace_start, self_replace)
         for name, window in (("cross_replace", cross), ("self_replace", self_)):
             if preset == CUSTOM and window.end > 0:  # at 0 it is off
                 check_window(f"{name} of P2P Attention Controller", *astuple(window), (f"{name}_start", name))
         settings = PRESETS.get(preset) or Settings(cross, self_, self_max_side)
-        edited = prompt_to_prompt(model, trajectory, prompt_edit, settings, reweight, word_schedule, attention_store)
+        words = reweight, word_schedule
+        edited = prompt_to_prompt(
+            model, trajectory, prompt_edit, settings, *words, attention_store, value_replace=value_replace
+        )
         return io.NodeOutput(edited)

@@ -25,6 +25,7 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "flow-inversion-edit",
     "image-pull",
     "instruct",
+    "inpaint",
     "keep-layout-change-rest",
     "local-blend",
     "masactrl-edit",

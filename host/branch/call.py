@@ -63,6 +63,7 @@ class Call:
     beside: int | None = None  # the negative prompt at the source's state, where that guides the source's prediction
     kept: dict[Layer, Inputs] = field(default_factory=dict)  # of the source, from the store or from its own row
     before: int = 0  # the tokens before the source's image, in a flow transformer; told by a store, or its own row
+    values: Tensor | None = None  # [1 or b, tokens, channels], the source's in cross-attention where not its prompt
     ran: set[int] = field(default_factory=set)  # the chunks that the UNet was run for: another node may leave them out
 
     def attention(self, kind: str, rows: Inputs, extra_options: dict) -> Inputs:
@@ -73,6 +74,7 @@ class Call:
         chunks = extra_options[CHUNKS]
         self.ran.update(chunks)
         check_source_ran(self.source is None or self.source in self.ran)
+        rows = self.with_values(kind, rows, chunks)
         rule = self.rule(layer := layer_of(kind, extra_options))
         if rule is None:
             return rows
@@ -284,6 +286,12 @@ class Call:
                 measured = measured + maps(at, tokens) @ columns
             self.word_maps.add("target", measured)
 
+    def with_values(self, kind: str, rows: Inputs, chunks: list[int]) -> Inputs:
+        """The rows of all chunks, in cross-attention with the source's own values in its rows."""
+        if kind == "self" or self.values is None or self.source not in chunks:
+            return rows
+        return with_value(rows, slice_of(rows.value, chunks, chunks.index(self.source)), self.values)
+
     def chunk(self, rows: Inputs, chunks: list[int], at: int, kind: str) -> Inputs:
         """The inputs of the chunk at a place, its tokens folded back to those of its own prompt."""
         inputs = Inputs(*(t[slice_of(t, chunks, at)] for t in rows))
@@ -292,6 +300,14 @@ class Call:
         tokens = self.tokens[0 if chunks[at] == self.source else 1]
         check_prompt_kept(inputs.key.shape[1], tokens)
         return Inputs(inputs.query, inputs.key[:, :tokens], inputs.value[:, :tokens])
+
+
+def with_value(rows: Inputs, where: slice, values: Tensor) -> Inputs:
+    """The inputs of a cross-attention with `values` [b, tokens, channels] in some of its rows, tiled as keys are."""
+    check_prompt_kept(rows.value.shape[1], values.shape[1])
+    value = rows.value.clone()
+    value[where] = values.to(value).repeat(1, value.shape[1] // values.shape[1], 1)
+    return rows._replace(value=value)
 
 
 def _expanded(inputs: Inputs, rows: int) -> Inputs:

@@ -31,6 +31,7 @@ from ..run.refusals import (
     check_two_latents,
     check_unet,
     check_unmixed,
+    check_without_values,
 )
 from ..run.shortcuts import decided_once, uncached, uncompiled
 from ..unet.gradients import constant_control, differentiable, gradients, isolated, refusing
@@ -67,6 +68,7 @@ class Guide(Protocol):
 def attach_guide(model: ModelPatcher, trajectory: Trajectory, guide: Guide, checkpointing: bool) -> ModelPatcher:
     """A clone of `model` whose latent `guide` moves. Raises ValueError as `source.attach`."""
     check_unet(model, "Cross Attention Guidance")
+    check_without_values(trajectory, "Cross Attention Guidance")
     model, branch = source.branched(model, trajectory)
     check_states_known(branch.virtual, "Cross Attention Guidance")
     if KEY in model.model_options["transformer_options"]:

@@ -14,7 +14,14 @@ from torch import Tensor
 from ..files.trajectory import Trajectory
 from ..run.model import add_outermost
 from ..run.refusals import NEGATIVES as KEY
-from ..run.refusals import check_plain, check_same_model, check_source, check_whole_schedule, is_mixed
+from ..run.refusals import (
+    check_plain,
+    check_same_model,
+    check_source,
+    check_whole_schedule,
+    check_without_values,
+    is_mixed,
+)
 from ..run.sampler import OwnSampler
 from ..run.schedule import step_of
 from .call import place
@@ -39,6 +46,7 @@ def attach_mixture(
     if trajectory is not None:
         check_same_model(model, trajectory)
         check_source(trajectory.conditioning)
+        check_without_values(trajectory, "Negative Prompt Guidance")
 
     def outer_sample(executor, noise: Tensor, latent_image: Tensor, sampler: Sampler, sigmas: Tensor, *args, **kwargs):
         guider = executor.class_obj

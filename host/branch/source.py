@@ -243,7 +243,8 @@ class _Run:
         source = len(conds) if kept is None else None
         beside = len(conds) + 1 if self.predicts(target) and self.branch.cfg != 1 else None
         before = 0 if kept is None else self.branch.store.before
-        return Call(rules, index, state, source, target, present, tokens, word_maps, beside, kept or {}, before)
+        values = None if self.branch.trajectory.values is None else self.branch.trajectory.values[index].to(x)
+        return Call(rules, index, state, source, target, present, tokens, word_maps, beside, kept or {}, before, values)
 
     def predicts(self, target: int | None) -> bool:
         """Whether the source's prediction is read from a call with the target in it: the first of a step."""

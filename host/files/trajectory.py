@@ -14,6 +14,7 @@ from .conditioning import packed, unpacked
 from .storage import Format, Parsed, read, write
 
 EULER, DPMPP_2M = "euler", "dpmpp_2m"  # samplers of the host that images are inverted for
+VALUES = "palimpsest.values"  # an option of a source's conditioning
 FORMAT = Format("palimpsest.trajectory/2", "trajectory", "Save Trajectory")
 
 
@@ -63,6 +64,13 @@ class Trajectory(NamedTuple):
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
+
+    @property
+    def values(self) -> Tensor | None:
+        """[n, b, tokens, channels]: what cross-attention reads as the source's values at each step, in place of its
+        prompt; None where the prompt serves.
+        """
+        return self.conditioning[0][1].get(VALUES)
 
     @property
     def bytes(self) -> int:
@@ -116,6 +124,8 @@ def _read_trajectory(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Tr
         raise ValueError("its sigmas do not fall")
     if not torch.isfinite(trajectory.states).all():
         raise ValueError("it holds NaN or infinite values")
+    if trajectory.values is not None and trajectory.values.shape[:2] != (trajectory.steps, trajectory.states.shape[1]):
+        raise ValueError("its values do not fit its steps")
     if sampler not in (EULER, DPMPP_2M):
         raise ValueError(f"its sampler {quoted(sampler)} is unknown")
     return trajectory

@@ -25,13 +25,13 @@ class Cost:
         return f"{len(self.rows):,} network evaluations, {sum(self.rows):,} rows, {seconds:.1f} s"
 
 
-def metered(model: ModelPatcher) -> tuple[ModelPatcher, Cost]:
-    """A clone of `model`, and what all runs of it have cost so far.
+def metered(model: ModelPatcher, cost: Cost | None = None) -> tuple[ModelPatcher, Cost]:
+    """A clone of `model`, and what all runs of it have cost so far, another model's `cost` among it where given.
 
     The wrapper is the innermost of its kind: it stands outside of what is compiled, and counts no call that another
     node leaves out.
     """
-    cost = Cost()
+    cost = Cost() if cost is None else cost
 
     def count(executor, x: Tensor, *args, **kwargs):
         cost.rows.append(len(x))

@@ -193,6 +193,15 @@ def check_source(conditioning: list) -> None:
         )
 
 
+def check_without_values(trajectory: Trajectory, node: str) -> None:
+    """Raises ValueError for trajectories whose source reads other values than its prompt, which `node` cannot run."""
+    if trajectory.values is not None:
+        raise ValueError(
+            f"{node} runs the source by its prompt alone, but this trajectory has values of Value Inversion: connect "
+            "the trajectory that Value Inversion was given."
+        )
+
+
 def is_mixed(model: ModelPatcher) -> bool:
     """Whether Negative Prompt Guidance is on this model."""
     return NEGATIVES in model.wrappers.get(WrappersMP.CALC_COND_BATCH, {})
