@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # An edit of an 8-bit picture, or of one with alpha, measured by flip-evaluator.
 #
-# Guess, written first: FLIP tells 8-bit arrays from floats, so a picture and its edit have the same error as uint8, as
-# floats of 0 to 1, and from their PNG files; an alpha channel that is one everywhere changes nothing, or is refused.
+# Guess, written first: a picture and its edit have the same error as uint8 arrays and as floats of 0 to 1.
 #
 # Seen with flip-evaluator 1.7: a meadow with a red square in it is 0.27 from the meadow, as floats and as PNG files. As
 # uint8 arrays, which its docstring does not allow for but the function takes, the error is 0.0: values above 1 count as
-# 1, so any two pictures without black are the same. Floats with four channels are read as if there were three, so other
+# 1, so any two pictures without zeros are the same. Floats with four channels are read as if there were three, so other
 # colours are compared and the last quarter of the rows never: an edit there is 0.0 too. No error, no warning.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Transposed arrays, saved by safetensors.numpy.
 #
-# Guess, written first: an array that is a transposed view comes back from a file with the values it had, as from numpy's
-# own files, or is refused, as safetensors.torch refuses tensors that are not contiguous.
+# Guess, written first: an array that is a transposed view comes back from a file with the values it had.
 #
 # Seen with safetensors 0.8.0: the file has the view's shape and its buffer's order, so the values come back in the wrong
 # places, and nothing is said. The docstring asks for contiguous tensors; 0.7.0 saved these correctly, so a script that
