@@ -4,8 +4,9 @@
 # Guess, written first: what a bypassed node would have read goes on to the node behind it, as in ComfyUI's browser.
 #
 # Seen with comfyui-autograph 2.3.0: the first input of a type goes to every output of it, where the browser first takes
-# the input in the output's own place. Behind a bypassed ControlNetApplyAdvanced, KSampler's negative is the positive prompt, so guidance has nothing to lead away from,
-# whatever cfg says, and the negative prompt is unused. It calls that a success, without a warning.
+# the input in the output's own place. Behind a bypassed ControlNetApplyAdvanced, KSampler's negative is the positive
+# prompt, so guidance has nothing to lead away from, whatever cfg says, and the negative prompt is unused. It calls that a
+# success, without a warning.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
