@@ -1,4 +1,4 @@
-"""The demo text encoder for training."""
+"""The demo text encoder for training, and for the demo CLIP."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "flow-edit",
     "flow-inversion-edit",
     "image-pull",
-    "instruct",
     "inpaint",
+    "instruct",
     "keep-layout-change-rest",
     "local-blend",
     "masactrl-edit",
@@ -37,6 +37,7 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "pnp-translate",
     "several-targets",
     "strengthen-a-word",
+    "stylediffusion",
     "uni-edit",
     "virtual-inversion",
 )

@@ -13,6 +13,7 @@ from host_server import HostServer, Prompt, Run
 
 RUN_BUTTON = "[data-testid=queue-button]"
 STEPS = 8  # not as many as in test_workflows.py, whose results the server still holds
+OPTIMISING = ("null-text", "stylediffusion")
 NODES = "window.app?.isGraphReady ? app.rootGraph.nodes : []"
 # The frontend opens its own default workflow before the one asked for, and may complain of that one's models till then.
 SETTLED = "!app.extensionManager.spinner"
@@ -80,7 +81,7 @@ def test_the_readmes_first_picture_opens_its_workflow_where_it_is_dropped(page: 
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "null-text" else ()) for name in WITHOUT_DOWNLOAD]
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in OPTIMISING else ()) for name in WITHOUT_DOWNLOAD]
 )
 def test_opens_and_runs(page: Page, server: HostServer, name: str, tmp_path: Path) -> None:
     before = server.get_json("/history")

@@ -101,6 +101,7 @@ def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, folders: None) ->
     for start in (EMPTY, SOURCE):
         options = {"start_from": start, "inner_steps": 1}
         negative, *_ = run("NullTextInversion", model=model, trajectory=trajectory, empty=source, **options)
+    run("ValueInversion", model=model, trajectory=trajectory, negative=source, inner_steps=1, map_side=8)
     run("SaveConditioning", conditioning=negative, filename_prefix="a")
     run("LoadConditioning", file="a_00001_.safetensors [output]")
     run("SaveTrajectory", trajectory=trajectory, filename_prefix="b")
@@ -136,6 +137,9 @@ def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, folders: None) ->
     source, target, *_ = run("PromptEdit", clip=clip)
     instructed, *_ = run("LoadDemoInstructModel")
     run("InstructGuidance", model=instructed, image=scene, vae=vae)
+    run("LoadDemoInpaintModel")
+    (seen,) = run("LoadDemoCLIP")
+    run("CLIPGuidance", model=unet, noised_clip=seen)
     found, *_ = run("DDIMInversion", model=unet, source=source, image=scene, vae=vae, steps=1)
     run("EditSampler", model=unet, trajectory=found, positive=target, vae=vae)
     run("EditMetrics", source=scene, edited=scene)
