@@ -122,12 +122,13 @@ class PromptToPrompt:
 
 class _Placed(NamedTuple):
     """Tables where a model's values are: [b, source tokens, target tokens], and the diagonal matrices [b, target
-    tokens, target tokens], None where they are 0. carries: which of the b carry anything over.
+    tokens, target tokens], None where they are 0. carries: which of the b carry anything over. shared: as carried.
     """
 
     carried: Tensor
     own: Tensor | None
     carries: tuple[bool, ...]
+    shared: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,9 @@ class _Rule:
         if layer.kind == "self":
             return (Read(Inputs(source.query, source.key, target.value)),)
         value = target.value.flatten(2)
-        if self.shared is not None:
-            value = mixed(self.shared[torch.arange(len(value)) % len(self.shared)].to(value), source.value, value)
-        carried, own, carries = self.beside(value, source.key.shape[1])
+        carried, own, carries, shared = self.beside(value, source.key.shape[1])
+        if shared is not None:
+            value = mixed(shared, source.value, value)
 
         def term(inputs: Inputs, carry: Tensor, carried_value: Tensor) -> Read:
             return Read(inputs._replace(value=carried_value.unflatten(-1, target.value.shape[2:])), carry, carries)
@@ -170,7 +171,8 @@ class _Rule:
             carried, own = (table[images % len(table)] for table in self.tables)
             carried = cut(carried, source, value.shape[1])
             own = own[:, : value.shape[1]].diag_embed().to(value) if self.tables[1].any() else None
-            self.placed[place] = _Placed(carried.to(value), own, tuple(carried.flatten(1).any(1).tolist()))
+            shared = None if self.shared is None else self.shared[images % len(self.shared)].to(value)
+            self.placed[place] = _Placed(carried.to(value), own, tuple(carried.flatten(1).any(1).tolist()), shared)
         return self.placed[place]
 
 

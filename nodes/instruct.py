@@ -3,40 +3,10 @@
 from __future__ import annotations
 
 import torch
-from comfy.model_patcher import ModelPatcher
-from comfy.sd import VAE
 from comfy_api.latest import io
-from torch import Tensor
 
 from ..guidance.instruct import NODE, Instruct
 from ..host.branch.instructed import attach_instruction
-
-ALIASES = ["instructpix2pix", "instruct pix2pix", "ip2p", "edit by instruction", "cosxl edit", "image guidance"]
-
-
-def _image_inputs() -> list[io.Input]:
-    return [
-        io.Image.Input("image", tooltip="The image to edit, of the size to sample at: about 512 pixels for SD1.5."),
-        io.Vae.Input("vae", tooltip="The VAE that belongs to the MODEL."),
-    ]
-
-
-def _image_scale() -> io.Input:
-    return io.Float.Input(
-        "image_scale",
-        default=1.5,
-        min=0.0,
-        max=20.0,
-        step=0.05,
-        tooltip=(
-            "How strongly the result keeps to the image: 1.2 to 1.8. Higher keeps more, lower changes more. 1 runs two "
-            "rows a step, else three."
-        ),
-    )
-
-
-def _latent() -> io.Output:
-    return io.Latent.Output("latent", tooltip="An empty latent of the image's size, for the sampler.")
 
 
 class InstructGuidance(io.ComfyNode):
@@ -51,24 +21,40 @@ class InstructGuidance(io.ComfyNode):
                 "inversion. For checkpoints that take an image beside the latent. Sample the returned MODEL from the "
                 "latent: the instruction is the positive, an empty prompt the negative, and cfg the text scale, 7.5."
             ),
-            search_aliases=ALIASES,
+            search_aliases=[
+                "instructpix2pix",
+                "instruct pix2pix",
+                "ip2p",
+                "edit by instruction",
+                "cosxl edit",
+                "image guidance",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="An InstructPix2Pix checkpoint, or Load Demo Instruct Model's."),
-                *_image_inputs(),
-                _image_scale(),
+                io.Image.Input(
+                    "image", tooltip="The image to edit, of the size to sample at: about 512 pixels for SD1.5."
+                ),
+                io.Vae.Input("vae", tooltip="The VAE that belongs to the MODEL."),
+                io.Float.Input(
+                    "image_scale",
+                    default=1.5,
+                    min=0.0,
+                    max=20.0,
+                    step=0.05,
+                    tooltip=(
+                        "How strongly the result keeps to the image: 1.2 to 1.8. Higher keeps more, lower changes "
+                        "more. 1 runs two rows a step, else three."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The model for any sampler with a negative prompt."),
-                _latent(),
+                io.Latent.Output("latent", tooltip="An empty latent of the image's size, for the sampler."),
             ],
         )
 
     @classmethod
     def execute(cls, model, image, vae, image_scale) -> io.NodeOutput:
-        return io.NodeOutput(*_shown(model, image, vae, image_scale))
-
-
-def _shown(model: ModelPatcher, image: Tensor, vae: VAE, image_scale: float) -> tuple[ModelPatcher, dict]:
-    """The MODEL that is shown the image, and an empty latent of its size."""
-    latent = vae.encode(image[..., :3])
-    return attach_instruction(model, latent, Instruct(image_scale)), {"samples": torch.zeros_like(latent)}
+        latent = vae.encode(image[..., :3])
+        shown = attach_instruction(model, latent, Instruct(image_scale))
+        return io.NodeOutput(shown, {"samples": torch.zeros_like(latent)})
