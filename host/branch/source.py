@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from comfy.controlnet import ControlBase
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
@@ -176,7 +177,12 @@ class _Run:
     def negative(self) -> dict:
         """The processed prompt by which the source's prediction is guided."""
         check_source_negative(self.guider.conds.get("negative"))
-        return {key: value for key, value in self.guider.conds["negative"][0].items() if key not in OWN}
+        (cond,), source = self.guider.conds["negative"], self.source
+        negative = {key: value for key, value in cond.items() if key not in OWN}
+        # Apply ControlNet gives the hint to both prompts, or leaves the negative to the host.
+        if "control" in source and ("control" in cond or source.get("control_apply_to_uncond")):
+            negative["control"] = source["control"]
+        return negative
 
     def step(self, sigma: float) -> tuple[int | None, int]:
         """Which step a call at `sigma` belongs to, and of how many; None where the trajectory has no such sigma."""
@@ -303,6 +309,8 @@ def _outer_sample(
     if branch.blend is not None:
         check_in_place(sampler, "Local Blend")
     ((embedding, own),) = branch.trajectory.conditioning
+    if own.get("control") is not None:
+        own = {**own, "control": _apart(own["control"])}
     guider.conds[KEY] = convert_cond([[embedding.to(positive), own]])
     run = options[RUN] = _Run(branch, guider, len(noise), sigmas, bool(noise.any()))
     if not branch.virtual and is_flow(guider.model_patcher) and branch.trajectory.index(float(sigmas[0])) == 0:
@@ -435,6 +443,17 @@ def _running(conds: list[list[dict] | None], x: Tensor, timestep: Tensor) -> lis
     """Every entry of a call's conditionings that runs at this time, as the host prepares it, with its cond index."""
     prepared = [(i, get_area_and_mult(entry, x, timestep)) for i, cond in enumerate(conds) for entry in cond or ()]
     return [(i, entry) for i, entry in prepared if entry is not None]
+
+
+def _apart(control: ControlBase) -> ControlBase:
+    """A ControlNet that the target may have as well: a copy where its hints are of several images, of which the
+    source's call for one image would leave it the first alone.
+    """
+    before = control.previous_controlnet
+    previous = None if before is None else _apart(before)
+    if previous is before and (control.cond_hint_original is None or len(control.cond_hint_original) == 1):
+        return control
+    return control.copy().set_previous_controlnet(previous)
 
 
 def _one_call(source: dict, call: Call, conds: list[list[dict] | None], x: Tensor, timestep: Tensor) -> bool:
