@@ -1,8 +1,9 @@
 """Edits many pictures by a table of prompts, with any workflow and any number of ComfyUI servers.
 
 The table is a CSV file with the columns image, source_prompt and target_prompt, one picture a line, found beside the
-table. A column words holds those of Local Blend, a column name that of the edited file; both may be left out. What is
-edited already is not edited again, so that a run that was interrupted goes on where it was.
+table. A column words holds those of Local Blend, a column instruction that of an InstructPix2Pix, a column name that of
+the edited file; all three may be left out. What is edited already is not edited again, so that a run that was
+interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -78,4 +79,4 @@ def read_line(line: dict[str, str | None], folder: Path) -> Job:
     key = (line.get("name") or "").strip() or image.stem
     if Path(key).name != key:
         raise ValueError(f"its name {key} is no file name")
-    return Job(key, image, line["source_prompt"], line["target_prompt"], line.get("words"))
+    return Job(key, image, line["source_prompt"], line["target_prompt"], line.get("words"), line.get("instruction"))

@@ -13,6 +13,7 @@ from .servers import Prompt
 DECODERS = ("VAEDecode", "VAEDecodeTiled", "PalimpsestEditSampler")
 SAVED = "edited"  # id of the node that saves the edited picture; the host's own ids are numbers
 SCENE, LOADER, PROMPTS, BLEND = "PalimpsestDemoScene", "LoadImage", "PalimpsestPromptEdit", "PalimpsestLocalBlend"
+INSTRUCTED = ("PalimpsestInstructGuidance", "InstructPixToPixConditioning")
 
 
 def read_workflow(path: Path) -> Prompt:
@@ -31,7 +32,8 @@ class Template:
     """A workflow in the host's API format, as far as one decoder needs it.
 
     Pictures go to Load Image, prompts to Prompt Edit. A Demo Scene stands for both: it becomes a Load Image, and the
-    inputs that its captions went to get the prompts. Raises ValueError for a workflow without such places.
+    inputs that its captions went to get the prompts. Where an InstructPix2Pix is at work, the instruction goes to the
+    CLIP Text Encode of the positive. Raises ValueError for a workflow without such places.
     """
 
     def __init__(self, workflow: Prompt, decoder: str | None = None) -> None:
@@ -48,7 +50,11 @@ class Template:
         saving = {"images": [decoder, output], "filename_prefix": "palimpsest/edited"}
         self.nodes[SAVED] = {"class_type": "SaveImage", "inputs": saving}
         self.places = {name: list(self._places(name)) for name in ("image", "source_prompt", "target_prompt")}
-        for name, what in (("image", "Load Image"), ("target_prompt", "Prompt Edit")):
+        self.places["instruction"] = list(self._instructions())
+        wanted = [("image", "Load Image")]
+        if not self.places["instruction"]:
+            wanted.append(("target_prompt", "Prompt Edit"))
+        for name, what in wanted:
             if not self.places[name]:
                 raise ValueError(f"the workflow has no {what} in front of its decoder, where the {name} could go")
         for node in self.nodes.values():
@@ -67,10 +73,31 @@ class Template:
                 if kind != PROMPTS and value in [[scene, slot] for scene in scenes]:
                     yield node_id, key
 
-    def filled(self, image: str, source_prompt: str, target_prompt: str, words: str | None = None) -> Prompt:
-        """The prompt for one picture, by its name in the server's input folder. `words` are those of Local Blend."""
+    def _instructions(self) -> Iterator[tuple[str, str]]:
+        """The texts that an InstructPix2Pix is guided by."""
+        if any(node["class_type"] in INSTRUCTED for node in self.nodes.values()):
+            positives = {node["inputs"]["positive"][0] for node in self.nodes.values() if "positive" in node["inputs"]}
+            for node_id, node in self.nodes.items():
+                if node_id in positives and node["class_type"] == "CLIPTextEncode":
+                    yield node_id, "text"
+
+    def filled(
+        self,
+        image: str,
+        source_prompt: str,
+        target_prompt: str,
+        words: str | None = None,
+        instruction: str | None = None,
+    ) -> Prompt:
+        """The prompt for one picture, by its name in the server's input folder. `words` are those of Local Blend.
+
+        Raises ValueError where the workflow follows an instruction and there is none.
+        """
+        if self.places["instruction"] and not (instruction or "").strip():
+            raise ValueError("its instruction is empty, which the workflow's InstructPix2Pix follows")
         nodes = copy.deepcopy(self.nodes)
-        for name, value in (("image", image), ("source_prompt", source_prompt), ("target_prompt", target_prompt)):
+        values = {"image": image, "source_prompt": source_prompt, "target_prompt": target_prompt}
+        for name, value in (values | {"instruction": instruction}).items():
             for node_id, key in self.places[name]:
                 nodes[node_id]["inputs"][key] = value
         for node in nodes.values():

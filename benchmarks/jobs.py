@@ -19,16 +19,20 @@ from .servers import Server
 
 @dataclass(frozen=True)
 class Job:
-    """key: the edited file's name without its ending. words: those of Local Blend, None for the workflow's own."""
+    """key: the edited file's name without its ending. words: those of Local Blend, None for the workflow's own.
+
+    instruction: for InstructPix2Pix, of which other workflows have no need.
+    """
 
     key: str
     image: Path
     source_prompt: str
     target_prompt: str
     words: str | None
+    instruction: str | None
 
     def fingerprint(self) -> str:
-        said = json.dumps([self.source_prompt, self.target_prompt, self.words])
+        said = json.dumps([self.source_prompt, self.target_prompt, self.words, self.instruction])
         return hashlib.sha256(said.encode() + self.image.read_bytes()).hexdigest()
 
 
@@ -71,7 +75,7 @@ def edit_all(jobs: list[Job], template: Template, urls: list[str], output: Path)
     def edit(server: Server, job: Job) -> None:
         name = f"palimpsest-{job.key}.png"
         server.upload(name, as_png(Image.open(job.image)))
-        prompt = template.filled(name, job.source_prompt, job.target_prompt, job.words)
+        prompt = template.filled(name, job.source_prompt, job.target_prompt, job.words, job.instruction)
         pictures = server.run(prompt, SAVED)
         if len(pictures) != 1:
             raise ValueError(f"the workflow made {len(pictures)} pictures of it, not one")

@@ -111,7 +111,8 @@ def read_entry(key: str, item: dict[str, Any], images: Path) -> Entry:
         raise ValueError("its name is no file name")
     if not 0 <= kind < len(TYPES):
         raise ValueError(f"its editing_type_id is {kind}, not 0 to {len(TYPES) - 1}")
-    return Entry(key, images / item["image_path"], source, target, words, kind, item["mask"])
+    instruction = item.get("editing_instruction")  # some sets of this layout have none
+    return Entry(key, images / item["image_path"], source, target, words, instruction, kind, item["mask"])
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "image_path": path,
             "original_prompt": source,
             "editing_prompt": target,
-            "editing_instruction": "",
+            "editing_instruction": "make it so",
             "editing_type_id": kind,
             "blended_word": words,
             "mask": runs(scenes.changed(*drawn)),
@@ -178,17 +178,15 @@ def test_an_interrupted_run_goes_on(
 # --- what it is made of ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", sorted({*EDITS, MEASURING, "edit-photo"} - {"edit-generated-image", "instruct", "pix2pix-zero"})
-)
+@pytest.mark.parametrize("name", sorted({*EDITS, MEASURING, "edit-photo"} - {"edit-generated-image", "pix2pix-zero"}))
 def test_every_workflow_can_be_filled(name: str) -> None:
     """With a picture and prompts of any kind, and nothing of the demo's scene is left."""
     workflow = api_form(name)
     (decoder,) = (node_id for node_id, node in workflow.items() if node["class_type"] in DECODERS)
-    filled = Template(workflow).filled("picture.png", "source words", "target words", "one, two")
+    filled = Template(workflow).filled("picture.png", "source words", "target words", "one, two", "make it so")
     text = json.dumps(filled)
     assert "PalimpsestDemoScene" not in text
-    assert "target words" in text
+    assert ("make it so" if name == "instruct" else "target words") in text
     assert [node["inputs"]["image"] for node in filled.values() if node["class_type"] == "LoadImage"] == ["picture.png"]
     output = 0 if workflow[decoder]["class_type"] == "VAEDecode" else 1
     assert filled[SAVED]["inputs"]["images"] == [decoder, output]
@@ -203,6 +201,32 @@ def test_workflows_that_cannot_be_filled() -> None:
         Template(api_form("edit-generated-image"), "9")
     with pytest.raises(ValueError, match="where the target_prompt could go"):
         Template(api_form("pix2pix-zero"))
+    with pytest.raises(ValueError, match="its instruction is empty"):
+        Template(api_form("instruct")).filled("picture.png", "source words", "target words", instruction=" ")
+
+
+def test_an_instruction_goes_through_the_hosts_own_conditioning() -> None:
+    """As in ComfyUI's own workflow of InstructPix2Pix: encoder, InstructPixToPixConditioning, guider of two scales."""
+    workflow = {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "ip2p.safetensors"}},
+        "2": {"class_type": "LoadImage", "inputs": {"image": "own.png"}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "own"}},
+        "4": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": ""}},
+        "5": {
+            "class_type": "InstructPixToPixConditioning",
+            "inputs": {"positive": ["3", 0], "negative": ["4", 0], "vae": ["1", 2], "pixels": ["2", 0]},
+        },
+        "6": {
+            "class_type": "DualCFGGuider",
+            "inputs": {"model": ["1", 0], "cond1": ["5", 0], "cond2": ["5", 1], "negative": ["4", 0]},
+        },
+        "7": {"class_type": "SamplerCustomAdvanced", "inputs": {"guider": ["6", 0], "latent_image": ["5", 2]}},
+        "8": {"class_type": "VAEDecode", "inputs": {"samples": ["7", 0], "vae": ["1", 2]}},
+    }
+    filled = Template(workflow).filled("picture.png", "source words", "target words", instruction="make it so")
+    assert filled["3"]["inputs"]["text"] == "make it so"
+    assert filled["4"]["inputs"]["text"] == ""
+    assert filled["2"]["inputs"]["image"] == "picture.png"
 
 
 def test_a_server_that_ends_costs_nothing_else() -> None:
