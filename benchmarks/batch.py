@@ -35,9 +35,9 @@ def run(arguments: argparse.Namespace) -> None:
         jobs, unreadable = read_table(arguments.table)
         output = arguments.output or Path(f"batch-{arguments.table.stem}")
         claim(output, template)
+        faults = unreadable + edit_all(jobs, template, arguments, output)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    faults = unreadable + edit_all(jobs, template, arguments.servers, output)
     for fault in faults:
         print(f"failed: {fault}")
     edited = sum(is_edited(output, job) for job in jobs)

@@ -12,9 +12,10 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from .farm import spread, usable
+from .farm import add_farm, farm, spread
 from .filled import SAVED, Template
-from .servers import Server
+from .servers import Prompt
+from .worker import edited
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def add_workflow_and_servers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decoder", metavar="ID", help="the node that decodes the edited picture, if there are several"
     )
-    parser.add_argument("--servers", nargs="+", default=["http://127.0.0.1:8188"], metavar="URL")
+    add_farm(parser)
 
 
 def claim(output: Path, template: Template) -> None:
@@ -65,29 +66,32 @@ def is_edited(output: Path, job: Job) -> bool:
     return stamp.is_file() and stamp.read_text(encoding="utf-8") == job.fingerprint()
 
 
-def edit_all(jobs: list[Job], template: Template, urls: list[str], output: Path) -> list[str]:
-    """Edits what is not edited already; a sentence for each job and server that failed."""
+def edit_all(jobs: list[Job], template: Template, arguments: argparse.Namespace, output: Path) -> list[str]:
+    """Edits what is not edited already; a sentence for each job and server that failed.
+
+    arguments: those of add_farm. Raises ValueError where they are of no use.
+    """
+
+    def load(job: Job) -> tuple[str, bytes, Prompt, str]:
+        name = f"palimpsest-{job.key}.png"
+        prompt = template.filled(name, job.source_prompt, job.target_prompt, job.words, job.instruction)
+        return name, as_png(Image.open(job.image)), prompt, SAVED
+
     jobs = [job for job in jobs if not is_edited(output, job)]
     if not jobs:
         return []
-    servers, faults = usable(urls, template.nodes)
-
-    def edit(server: Server, job: Job) -> None:
-        name = f"palimpsest-{job.key}.png"
-        server.upload(name, as_png(Image.open(job.image)))
-        prompt = template.filled(name, job.source_prompt, job.target_prompt, job.words, job.instruction)
-        pictures = server.run(prompt, SAVED)
-        if len(pictures) != 1:
-            raise ValueError(f"the workflow made {len(pictures)} pictures of it, not one")
-        edited_path(output, job).write_bytes(pictures[0])
-        edited_path(output, job).with_suffix(".sha256").write_text(job.fingerprint(), encoding="utf-8")
-
-    with tqdm(total=len(jobs), desc="editing", disable=None) as progress:
-        for job, fault in spread(jobs, servers, edit):
-            if job is not None:
-                progress.update()
+    faults = []
+    with farm(template.nodes, arguments) as servers, tqdm(total=len(jobs), desc="editing", disable=None) as progress:
+        for job, picture, fault in spread(jobs, servers, load, edited):
+            if job is None:
+                faults.append(fault)
+                continue
+            progress.update()
             if fault:
-                faults.append(fault if job is None else f"{job.key}: {fault}")
+                faults.append(f"{job.key}: {fault}")
+            else:
+                edited_path(output, job).write_bytes(picture)
+                edited_path(output, job).with_suffix(".sha256").write_text(job.fingerprint(), encoding="utf-8")
     return faults
 
 

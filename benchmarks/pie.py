@@ -67,9 +67,9 @@ def run(arguments: argparse.Namespace) -> None:
         entries, faults = read_entries(arguments.data)
         output = arguments.output or Path(f"pie-{arguments.workflow.stem}")
         claim(output, template)
+        faults += edit_all(entries, template, arguments, output)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    faults += edit_all(entries, template, arguments.servers, output)
     judges, notes = load_judges(arguments.clip, arguments.clip_vision)
     rows = []
     for entry in tqdm(entries, "measuring", disable=None):

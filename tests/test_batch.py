@@ -82,6 +82,14 @@ def test_a_table_without_a_column_is_refused(table: Path, tmp_path: Path) -> Non
         run("--table", table, "--workflow", workflow, "--output", tmp_path / "out")
 
 
+def test_a_scheduler_that_is_not_there(table: Path, tmp_path: Path) -> None:
+    workflow = tmp_path / "edit.json"
+    workflow.write_text(json.dumps(api_form("edit-real-image")))
+    where = ("--table", table, "--workflow", workflow, "--output", tmp_path / "out")
+    with pytest.raises(SystemExit, match="error: --scheduler nowhere://here is no scheduler of Dask that answers"):
+        run(*where, "--scheduler", "nowhere://here")
+
+
 @pytest.mark.parametrize("text", [json.dumps(ui_form("edit-real-image")), "{}", "[1]", "no json"])
 def test_another_workflow_file_is_refused(table: Path, tmp_path: Path, text: str) -> None:
     workflow = tmp_path / "edit.json"

@@ -21,7 +21,6 @@ from host_server import HostServer
 from palimpsest.benchmarks import jobs, pie
 from palimpsest.benchmarks.farm import spread
 from palimpsest.benchmarks.filled import DECODERS, SAVED, Template
-from palimpsest.benchmarks.servers import Refused, Unusable
 from palimpsest.demo import scenes
 from palimpsest.metrics.pie import corrected, decoded_mask, published, with_edge
 
@@ -227,29 +226,6 @@ def test_an_instruction_goes_through_the_hosts_own_conditioning() -> None:
     assert filled["3"]["inputs"]["text"] == "make it so"
     assert filled["4"]["inputs"]["text"] == ""
     assert filled["2"]["inputs"]["image"] == "picture.png"
-
-
-def test_a_server_that_ends_costs_nothing_else() -> None:
-    """Its piece goes to another server; a piece that is at fault itself is told and not tried again."""
-    ran, lost = [], threading.Event()
-
-    def run(server: str, piece: int) -> None:
-        if server == "weak":
-            lost.set()
-            raise Unusable("weak does not answer")
-        lost.wait(10)
-        ran.append(piece)
-        if piece == 3:
-            raise Refused("no such word")
-
-    told = list(spread(range(6), ["weak", "strong"], run))
-    assert sorted(ran) == [0, 1, 2, 3, 4, 5]
-    assert sorted(told, key=str) == sorted(
-        [(None, "weak does not answer"), *((i, "no such word" if i == 3 else "") for i in range(6))], key=str
-    )
-    told = list(spread(range(3), ["weak"], run))
-    assert [fault for piece, fault in told if piece is not None] == ["no server is left"] * 3
-    assert list(spread([1], [], run)) == [(1, "no server is left")]
 
 
 def test_metrics_with_and_without_the_published_quirks() -> None:
