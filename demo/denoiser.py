@@ -51,9 +51,11 @@ class Denoiser(nn.Module):
     def forward(self, noisy: Tensor, timestep: Tensor, rows: Tensor) -> Tensor:
         return self.velocity(noisy, timestep, self.text(rows))
 
-    def velocity(self, noisy: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    def velocity(
+        self, noisy: Tensor, timestep: Tensor, text: Tensor, control: dict[str, list[Tensor]] | None = None
+    ) -> Tensor:
         options = {"optimized_attention_override": attention}
-        return self.unet._forward(noisy, timestep.float(), text, transformer_options=options)
+        return self.unet._forward(noisy, timestep.float(), text, control=control, transformer_options=options)
 
     def denoised(self, noisy: Tensor, timestep: Tensor, rows: Tensor) -> Tensor:
         return self.denoised_by(noisy, timestep, self.text(rows))

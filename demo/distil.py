@@ -43,12 +43,13 @@ KEPT = torch.cat([torch.ones(1), ALPHA_BAR])  # of the image's variance, at leve
 class Lora(nn.Module):
     """What is added to the layers of a UNet: two thin matrices each, of (outputs, all else) of a convolution."""
 
-    def __init__(self, unet: nn.Module, rank: int = RANK, without: str = "") -> None:
+    def __init__(self, unet: nn.Module, rank: int, without: str | tuple[str, ...] = ()) -> None:
+        """without: how the names of layers begin to which nothing is added."""
         super().__init__()
         self.shapes = {
             name: layer.weight.shape
             for name, layer in unet.named_modules()
-            if isinstance(layer, nn.Linear | nn.Conv2d) and name != without
+            if isinstance(layer, nn.Linear | nn.Conv2d) and not name.startswith(without)
         }
         sides = [(shape[0], shape[1:].numel()) for shape in self.shapes.values()]
         self.up = nn.ParameterList(torch.zeros(rows, rank) for rows, _ in sides)
@@ -78,7 +79,7 @@ class Student(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.frozen = (frozen(),)  # no submodule: it is neither trained nor saved
-        self.lora = Lora(self.frozen[0].unet)
+        self.lora = Lora(self.frozen[0].unet, RANK)
 
     def forward(self, noisy: Tensor, levels: Tensor, text: Tensor) -> Tensor:
         """The image [b, c, h, w] that [b] levels and embeddings make of noisy latents."""

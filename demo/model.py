@@ -11,6 +11,7 @@ import copy
 from functools import partial
 from pathlib import Path
 
+import comfy.controlnet
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
@@ -28,6 +29,7 @@ from .tokenizer import DemoTokenizer
 WEIGHTS = Path(__file__).parent / "demo-model.safetensors"
 LCM_WEIGHTS = Path(__file__).parent / "demo-lcm.safetensors"
 INPAINT_WEIGHTS = Path(__file__).parent / "demo-inpaint.safetensors"
+CONTROL_WEIGHTS = Path(__file__).parent / "demo-control.safetensors"
 
 SIZE = 128  # pixels a side
 PATCH = 8  # pixels a side that one latent position stands for
@@ -187,6 +189,11 @@ def load_inpaint(path: Path = INPAINT_WEIGHTS) -> tuple[ModelPatcher, comfy.sd.C
     added = comfy.utils.load_torch_file(str(path), safe_load=True)
     unet, _ = comfy.sd.load_lora_for_models(_load_unet(weights, autoencoder), None, added, 1.0, 0.0)
     return unet, load_clip(weights), load_vae(autoencoder)
+
+
+def load_control() -> comfy.controlnet.ControlLora:
+    """A ControlNet for edges. The host builds it at each run from the model that it controls, which `load` gives."""
+    return comfy.controlnet.load_controlnet(str(CONTROL_WEIGHTS))
 
 
 def widened(weight: Tensor) -> Tensor:

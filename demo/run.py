@@ -38,7 +38,7 @@ class Run:
         self.path = CHECKPOINTS / f"{name}.pt"
         self.name, self.module, self.step, self.losses, self.memory = name, module, 0, [], 0.0
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        matrices = [p for n, p in module.named_parameters() if is_hidden_matrix(n, p)]
+        matrices = [p for n, p in module.named_parameters() if p.requires_grad and is_hidden_matrix(n, p)]
         inner = {id(p) for p in matrices}
         rest = [p for p in self.parameters if id(p) not in inner]
         # A step of an orthogonal matrix may be four times as large.
@@ -117,6 +117,7 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
 
 
 ENDS = ("unet.input_blocks.0.", "unet.out.", "text.tokens")
+ENDS += ("network.input_hint_block.0.",)
 ENDS += ("image", "tokens")  # of the model that follows instructions
 ENDS += ("img_in.", "txt_in.", "vector_in.", "time_in.", "final_layer.")  # of Flux
 ENDS += ("first",)  # of the inpainting model

@@ -7,8 +7,8 @@ session lets the learning rate fall along a cosine to zero. `export` writes the 
 pack loads. The flow model has stages of its own, on the same scenes: `flow`, `flow-preview` and `flow-export`; so has
 the LoRA for few steps, on walks of the shipped model, at first always `--fresh`: `lcm`, `lcm-preview` and `lcm-export`;
 the CLIP that sees through noise: `clip`, `clip-export` and `clip-test`; the model that follows instructions, on the
-pairs of `dev.py pairs`: `instruct` and `instruct-export`; and the inpainting model: `inpaint` and `inpaint-export`.
-These too begin with `--fresh`.
+pairs of `dev.py pairs`: `instruct` and `instruct-export`; the inpainting model: `inpaint` and `inpaint-export`;
+and the ControlNet: `control`, `control-preview` and `control-export`. These too begin with `--fresh`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import data
+from .control import export_control, preview_control, train_control
 from .denoiser import ALPHA_BAR, TIMESTEPS, Denoiser, initialise
 from .distil import export_lcm, preview_lcm, train_lcm
 from .model import CHANNELS, PATCH, SIZE, WEIGHTS, Autoencoder
@@ -209,23 +210,28 @@ def main() -> None:
         train_instruct(*training, arguments.batch, arguments.processes)
     elif arguments.stage == "inpaint":
         train_inpaint(*training, arguments.batch, arguments.processes)
+    elif arguments.stage == "control":
+        train_control(*training, arguments.batch, arguments.processes)
     elif arguments.stage == "preview":
         preview(arguments.captions, arguments.output, arguments.cfg, arguments.steps, arguments.seed)
     elif arguments.stage == "flow-preview":
         preview_flow(arguments.captions, arguments.output, arguments.cfg, arguments.steps, arguments.seed)
     elif arguments.stage == "lcm-preview":
         preview_lcm(arguments.captions, arguments.output, arguments.steps, arguments.seed)
+    elif arguments.stage == "control-preview":
+        preview_control(arguments.output, arguments.steps, arguments.seed)
     elif arguments.stage == "clip-test":
         test_clip()
     else:
         exports = {"export": export, "flow-export": export_flow, "lcm-export": export_lcm, "clip-export": export_clip}
         exports |= {"instruct-export": export_instruct, "inpaint-export": export_inpaint}
+        exports |= {"control-export": export_control}
         exports[arguments.stage]()
 
 
 STAGES = ("data", "encoder", "decoder", "diffusion", "preview", "export", "flow", "flow-preview", "flow-export")
 STAGES += ("lcm", "lcm-preview", "lcm-export", "clip", "clip-export", "clip-test", "instruct", "instruct-export")
-STAGES += ("inpaint", "inpaint-export")
+STAGES += ("inpaint", "inpaint-export", "control", "control-preview", "control-export")
 CAPTIONS = [
     "a photo of a red cat on a meadow",
     "a photo of a dog with a hat facing right on a beach",

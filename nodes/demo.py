@@ -158,6 +158,38 @@ class LoadDemoInpaintModel(io.ComfyNode):
         return io.NodeOutput(*model.load_inpaint())
 
 
+class LoadDemoControlNet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PalimpsestLoadDemoControlNet",
+            display_name="Load Demo ControlNet",
+            category="Palimpsest/demo",
+            description=(
+                "A small ControlNet for edges that comes with the pack: with Apply ControlNet and a picture from "
+                "Canny, Load Demo Model keeps the outlines of that picture, whatever the prompt says."
+            ),
+            search_aliases=[
+                "demo controlnet",
+                "canny controlnet",
+                "edges",
+                "outlines",
+                "control lora",
+                "toy controlnet",
+                "test model",
+            ],
+            outputs=[
+                io.ControlNet.Output(
+                    "control_net", tooltip="For Apply ControlNet, on prompts that go with Load Demo Model's MODEL."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(model.load_control())
+
+
 class DemoScene(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -83,6 +83,7 @@ NODES: list[type[io.ComfyNode]] = [
     demo.LoadDemoClip,
     demo.LoadDemoInstructModel,
     demo.LoadDemoInpaintModel,
+    demo.LoadDemoControlNet,
     demo.DemoScene,
 ]
 

@@ -15,6 +15,7 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "add-something",
     "clip-guidance",
     "concept-guidance",
+    "controlnet-edit",
     "diffedit",
     "edict",
     "edit-friendly",

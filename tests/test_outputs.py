@@ -138,6 +138,7 @@ def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, folders: None) ->
     instructed, *_ = run("LoadDemoInstructModel")
     run("InstructGuidance", model=instructed, image=scene, vae=vae)
     run("LoadDemoInpaintModel")
+    run("LoadDemoControlNet")
     (seen,) = run("LoadDemoCLIP")
     run("CLIPGuidance", model=unet, noised_clip=seen)
     found, *_ = run("DDIMInversion", model=unet, source=source, image=scene, vae=vae, steps=1)
