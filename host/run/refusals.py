@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..dit.architectures import ARCHITECTURES, architecture_of
 from ..files.conditioning import SEED
-from ..files.trajectory import Trajectory
+from ..files.trajectory import ModelIdentity, Trajectory
 from ..layer import Layer
 from .alone import ALIKE, apart
 from .model import identity, is_flow, is_unet, prompt_width
@@ -71,6 +71,36 @@ def check_foreground(model: ModelPatcher) -> None:
         raise ValueError(
             f"This MODEL ({kind}) is no UNet, and MasaCtrl's source_mask and target_mask are for SD1.x, SD2.x and SDXL "
             "alone: connect the mask of where to edit to mask."
+        )
+
+
+def check_middle(model: ModelPatcher, node: str) -> None:
+    """Raises ValueError for models without the block whose output `node` reads or moves."""
+    network = model.model.diffusion_model
+    if not is_unet(model) or network.middle_block is None:
+        raise ValueError(
+            f"This MODEL ({type(network).__name__}) has no middle block of a UNet, which {node} needs: load an SD1.x, "
+            "SD2.x or SDXL checkpoint, or edit with Flow Edit."
+        )
+
+
+def check_direction(model: ModelPatcher, known: ModelIdentity, node: str) -> None:
+    """Raises ValueError where the features that `node` moves were read from another model than this one."""
+    own = identity(model)
+    if not own.matches(known):
+        raise ValueError(
+            f"The h-space direction was made with another model ({known.name}, {known.prediction}) than the MODEL of "
+            f"{node} ({own.name}, {own.prediction}): make it with this checkpoint."
+        )
+
+
+def check_middle_size(h: Tensor, delta: Tensor) -> None:
+    """Raises ValueError where the middle block's output [rows, c, h, w] is of another size than what is to be added."""
+    if h.shape[1:] != delta.shape:
+        (_, *here), (_, *there) = h.shape[1:], delta.shape
+        raise ValueError(
+            f"The h-space direction was made for images whose middle block is {there[0]} x {there[1]}, but here it is "
+            f"{here[0]} x {here[1]}: make the direction from images of this size, and remove areas and tiling."
         )
 
 

@@ -26,6 +26,10 @@ Attend = Callable[[Tensor, Tensor, Tensor, dict], Tensor]
 returns its attention [rows, positions, heads * d]."""
 
 
+Middle = Callable[[Tensor, dict], Tensor]
+"""Takes the middle block's output [rows, channels, h, w] and the call's options; returns the output to go on with."""
+
+
 def layer_of(kind: str, extra_options: dict) -> Layer:
     return Layer(kind, *extra_options["block"], extra_options["block_index"], *extra_options["activations_shape"][2:])
 
@@ -55,6 +59,16 @@ def with_measure(options: dict, measure: Measure, unet: UNetModel) -> dict:
         return inner(query, key, value, extra)
 
     return with_attend(options, "cross", measuring, unet)
+
+
+def with_middle(options: dict, change: Middle) -> dict:
+    """Transformer options whose middle block's output passes through `change`, after other packs' patches."""
+
+    def changed(given: dict) -> dict:
+        return {**given, "h": change(given["h"], given["transformer_options"])}
+
+    name, patches = "middle_block_after_patch", options.get("patches", {})
+    return {**options, "patches": {**patches, name: [*patches.get(name, []), changed]}}
 
 
 def with_attend(options: dict, kind: str, attend: Callable, unet: UNetModel) -> dict:
