@@ -111,8 +111,8 @@ class HSpaceDirectionFromTrajectories(io.ComfyNode):
             display_name=TRAJECTORIES,
             category="Palimpsest/edit",
             description=(
-                "The same from two batches of images of your own, with and without what is to be added: each batch "
-                "inverted by DDIM Inversion, or sampled by Record Trajectory."
+                "H Space Direction from Prompts for two batches of images of your own, with and without what is to be "
+                "added: each batch inverted by DDIM Inversion, or sampled by Record Trajectory."
             ),
             search_aliases=["h-space", "asyrp", "direction from images", "image pairs", "middle block", "bottleneck"],
             inputs=[
@@ -158,7 +158,7 @@ class ApplyHSpaceDirection(io.ComfyNode):
                     tooltip="How far. 0 leaves the model as it is; a negative one is the way back.",
                 ),
                 fraction("start", 0.0, "From which part of the run on it is applied."),
-                fraction("end", 0.6, "Until where. Each step within costs one more row an image."),
+                fraction("end", 0.5, "Until where. Each step within costs one more row an image."),
             ],
             outputs=[io.Model.Output("model", tooltip="The model whose samples are edited.")],
         )

@@ -23,7 +23,7 @@ from palimpsest.guidance.h_features import direction_of_trajectories
 from palimpsest.guidance.h_space import HDirection, Moves
 from palimpsest.host.branch.asymmetric import KEY, attach_moves
 from palimpsest.host.branch.call import CHUNKS, slice_of
-from palimpsest.host.branch.source import attach
+from palimpsest.host.branch.source import attach, attach_blend
 from palimpsest.host.run.model import identity
 from palimpsest.host.run.sampler import OwnSampler, Run
 from palimpsest.host.unet.patches import with_middle
@@ -36,6 +36,7 @@ from palimpsest.nodes.h_space import (
     SaveHSpaceDirection,
 )
 from reference import in_float64
+from test_composition import blend, edit
 from test_ddim import relative
 from test_source import swap
 from tiny import Tiny, conditioning, execute, rows_of, tiny_model
@@ -163,17 +164,21 @@ class Asymmetric(OwnSampler):
         return x
 
 
-def test_prompt_to_prompt_stands_beside_it(tiny: Tiny) -> None:
-    """The moved prediction reads from the source as the other does."""
-    deltas = 2.0 * direction(tiny).deltas
-    edited = attach(tiny.model, tiny.trajectory, swap())
-    expected = tiny.sample(edited, cfg=CFG, sampler=Asymmetric(deltas))
-    both = attach_moves(edited, Moves(direction(tiny), 2.0, 0.0, 1.0))
-    other_way = attach(moving(tiny, 2.0), tiny.trajectory, swap())
-    for model in (both, other_way):
+@pytest.mark.parametrize("kind", ["swap", "pnp", "masactrl", "blend"])
+def test_edits_stand_beside_it(tiny: Tiny, kind: str) -> None:
+    """The moved prediction reads from the source, and starts from the blended latent, as the other does."""
+    moves = Moves(direction(tiny), 2.0, 0.0, 1.0)
+
+    def edited(model: ModelPatcher) -> ModelPatcher:
+        if kind == "blend":
+            return attach_blend(model, tiny.trajectory, blend(4))
+        return attach(model, tiny.trajectory, edit(kind))
+
+    expected = tiny.sample(edited(tiny.model), cfg=CFG, sampler=Asymmetric(moves.scale * moves.direction.deltas))
+    for model in (attach_moves(edited(tiny.model), moves), edited(attach_moves(tiny.model, moves))):
         assert relative(tiny.sample(model, cfg=CFG), expected) < 1e-5
-    for model in (edited, moving(tiny, 2.0)):
-        assert relative(tiny.sample(model, cfg=CFG), expected) > 0.01
+    for model in (edited(tiny.model), attach_moves(tiny.model, moves)):
+        assert relative(tiny.sample(model, cfg=CFG), expected) > 0.005
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
