@@ -1,4 +1,4 @@
-"""Directions in h-space (h_space.py) on the host: what the middle block gives along the way of two kinds of images."""
+"""Directions in h-space (h_space.py) on the host: mean features of the UNet along the way of two kinds of images."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..host.branch.call import POSITIVE, slice_of
 from ..host.files.trajectory import Trajectory
 from ..host.run.model import check_noise_predicted, identity
 from ..host.run.refusals import (
+    check_decoder,
     check_every_call,
     check_latent,
-    check_middle,
     check_same_model,
     check_unguided,
 )
 from ..host.run.sampler import OwnSampler, Run
 from ..host.run.shortcuts import uncompiled
-from ..host.unet.patches import with_middle
+from ..host.unet.patches import with_decoded
 from ..inversion.run import Guidance, check_unedited, sample
 from .h_space import HDirection
 
@@ -37,31 +37,33 @@ def direction_of_prompts(
     cfg: float,
     sigmas: Tensor,
     noise: Tensor,
+    block: int,
 ) -> HDirection:
     """What turns images that are sampled by the `sources` into those of the `targets`, both from the same noise.
 
-    sources, targets: a conditioning for each image. noise: [images, c, h, w] of unit variance. Raises ValueError for
-    models that have no h, or that another node edits or guides.
+    sources, targets: a conditioning for each image. noise: [images, c, h, w] of unit variance. block: the output block
+    that takes the features in. Raises ValueError for models that have no such block, or that another node edits or
+    guides.
     """
-    _check(model, PROMPTS)
+    _check(model, block, PROMPTS)
     check_latent(model, noise)
 
     starts = model.model.process_latent_out(noise * sigmas[0])
 
     def mean(prompts: Sequence[list]) -> Tensor:
         images = zip(prompts, starts.split(1), strict=True)
-        runs = [_features(model, Guidance(prompt, negative, cfg), sigmas, start) for prompt, start in images]
+        runs = [_features(model, block, Guidance(prompt, negative, cfg), sigmas, start) for prompt, start in images]
         return torch.stack(runs).mean(0)
 
-    return HDirection(mean(targets) - mean(sources), sigmas[:-1].clone(), identity(model))
+    return HDirection(mean(targets) - mean(sources), sigmas[:-1].clone(), identity(model), block)
 
 
-def direction_of_trajectories(model: ModelPatcher, source: Trajectory, target: Trajectory) -> HDirection:
+def direction_of_trajectories(model: ModelPatcher, source: Trajectory, target: Trajectory, block: int) -> HDirection:
     """What turns the images of one trajectory into those of another, by each one's own prompt at its own states.
 
     Raises ValueError for models as `direction_of_prompts`, and for trajectories of other models or unlike schedules.
     """
-    _check(model, TRAJECTORIES)
+    _check(model, block, TRAJECTORIES)
     for trajectory in (source, target):
         check_same_model(model, trajectory)
     if source.sigmas.shape != target.sigmas.shape or not torch.allclose(source.sigmas, target.sigmas, rtol=1e-4):
@@ -77,13 +79,13 @@ def direction_of_trajectories(model: ModelPatcher, source: Trajectory, target: T
 
     def mean(trajectory: Trajectory) -> Tensor:
         start, guidance = trajectory.states[0], Guidance(trajectory.conditioning)
-        return _features(model, guidance, trajectory.sigmas, start, trajectory.states)
+        return _features(model, block, guidance, trajectory.sigmas, start, trajectory.states)
 
-    return HDirection(mean(target) - mean(source), source.sigmas[:-1].clone(), identity(model))
+    return HDirection(mean(target) - mean(source), source.sigmas[:-1].clone(), identity(model), block)
 
 
-def _check(model: ModelPatcher, node: str) -> None:
-    check_middle(model, node)
+def _check(model: ModelPatcher, block: int, node: str) -> None:
+    check_decoder(model, block, node)
     check_noise_predicted(model, node)
     check_unedited(model, node)
     check_every_call(model, node)
@@ -91,10 +93,10 @@ def _check(model: ModelPatcher, node: str) -> None:
 
 
 def _features(
-    model: ModelPatcher, guidance: Guidance, sigmas: Tensor, latent: Tensor, states: Tensor | None = None
+    model: ModelPatcher, block: int, guidance: Guidance, sigmas: Tensor, latent: Tensor, states: Tensor | None = None
 ) -> Tensor:
     """[n, c, h, w]: the images' mean features at each of falling sigmas [n + 1], of the positive prompt."""
-    walk = _Walk(states)
+    walk = _Walk(block, states)
     sample(walk.tapped(model), guidance, walk, sigmas, torch.zeros_like(latent), latent, seed=0)
     return torch.stack(walk.means)
 
@@ -104,8 +106,8 @@ class _Walk(OwnSampler):
     run.
     """
 
-    def __init__(self, states: Tensor | None) -> None:
-        self.states = states
+    def __init__(self, block: int, states: Tensor | None) -> None:
+        self.block, self.states = block, states
         self.h: Tensor | None = None  # of the last call
         self.means: list[Tensor] = []
 
@@ -117,7 +119,7 @@ class _Walk(OwnSampler):
             return h
 
         def tap(executor, inner, conds: list, x: Tensor, timestep: Tensor, model_options: dict):
-            options = with_middle(uncompiled(model_options["transformer_options"]), keep)
+            options = with_decoded(uncompiled(model_options["transformer_options"]), self.block, keep)
             return executor(inner, conds, x, timestep, {**model_options, "transformer_options": options})
 
         model = model.clone()

@@ -4,7 +4,8 @@ h is what a UNet's middle block gives. Asyrp adds a Δh to it and uses the noise
 predicted image alone, and the noise e of the unchanged h for the way on: in sampler space, down from sigma s to t, the
 step is x' = (x - s e~) + t e. With one noise for both, most of the change would cancel. Its authors train Δh by CLIP
 for each attribute; here it is, as in the second paper, the mean h of what shows the attribute less that of what does
-not, at each noise level. Pure torch.
+not, at each noise level. For UNets whose decoder makes little of their middle block, h may also be what a block of the
+decoder gives. Pure torch.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ APPLY = "Apply H Space Direction"
 class HDirection(NamedTuple):
     """A tuple of CPU tensors, so that the host's cache can weigh it. Never changed once made.
 
-    deltas: [n, c, h, w] fp32, the difference of mean features of the middle block at each sigma.
+    deltas: [n, c, h, w] fp32, the difference of mean features at each sigma.
     sigmas: [n] fp32, falling. model: the one whose features they are.
+    block: the output block that takes them in, 0 for the middle block's output.
     """
 
     deltas: Tensor
     sigmas: Tensor
     model: ModelIdentity
+    block: int
 
     def at(self, sigma: float) -> Tensor:
         """[c, h, w]: that of the sigma nearest by ratio."""
@@ -51,7 +54,7 @@ class HDirection(NamedTuple):
         """Write a safetensors file."""
         name, prediction, weights, spacing = self.model
         tensors = {"deltas": self.deltas, "sigmas": self.sigmas, "model.weights": weights, "model.spacing": spacing}
-        write(path, FORMAT, tensors, {"model": name, "prediction": prediction})
+        write(path, FORMAT, tensors, {"model": name, "prediction": prediction, "block": str(self.block)})
 
     @classmethod
     def load(cls, path: Path) -> HDirection:
@@ -61,7 +64,7 @@ class HDirection(NamedTuple):
     @classmethod
     def _parse(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> HDirection:
         known = metadata["model"], metadata["prediction"], tensors["model.weights"], tensors["model.spacing"]
-        direction = cls(tensors["deltas"], tensors["sigmas"], ModelIdentity(*known))
+        direction = cls(tensors["deltas"], tensors["sigmas"], ModelIdentity(*known), int(metadata["block"]))
         if direction.deltas.ndim != 4 or direction.sigmas.shape != direction.deltas.shape[:1]:
             raise ValueError("its differences do not fit its sigmas")
         if not ((direction.sigmas.diff() < 0).all() and (direction.sigmas > 0).all()):
@@ -73,18 +76,25 @@ class HDirection(NamedTuple):
 
 @dataclass(frozen=True)
 class Moves:
-    """How far h goes along a direction, in the steps that begin within [start, end) of a run, 0 to 1."""
+    """How far h goes along a direction, in the steps that begin within [start, end) of a run, 0 to 1; and from where on
+    noise is added, 1 for never.
+    """
 
     direction: HDirection
     scale: float
     start: float
     end: float
+    boost: float = 1.0
 
     node = APPLY
 
     @property
     def model(self) -> ModelIdentity:
         return self.direction.model
+
+    @property
+    def block(self) -> int:
+        return self.direction.block
 
     def along(self, sigmas: Tensor) -> list[Tensor | None]:
         """[c, h, w] to add at each step of a run along falling sigmas [m + 1]; None where h stays as it is."""

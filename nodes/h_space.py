@@ -1,4 +1,4 @@
-"""Nodes that find directions in h-space, the output of a UNet's middle block, and sample along them."""
+"""Nodes that find directions in h-space, the features that a UNet decodes, and sample along them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,19 @@ from ..inversion.run import ddim_sigmas
 from . import files, sockets
 from .direction import SENTENCES
 from .telling import HIDDEN, tell
-from .widgets import fraction, saved_file, saved_name, seed_of
+from .widgets import check_window, fraction, saved_file, saved_name, seed_of
+
+
+def block_of() -> io.Int.Input:
+    """Which features a direction is in."""
+    return io.Int.Input(
+        "block",
+        default=0,
+        min=0,
+        max=100,
+        tooltip="Before which output block: 0 is the middle block's output, the paper's; the demo model needs 5.",
+    )
+
 
 FOUND = sockets.HDirection.Output("h_direction", tooltip="The direction, for Apply H Space Direction.")
 
@@ -39,7 +51,7 @@ class HSpaceDirectionFromPrompts(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model that edits, without edits. SD1.x, SD2.x or SDXL."),
                 io.Clip.Input("clip", tooltip="The text encoder of that model."),
                 lines("source", "a photo of a red car on a street", "What to edit: one word or sentence a line."),
-                lines("target", "a photo of a blue car on a street", "What it should become: one a line."),
+                lines("target", "a photo of a red car on a street at night", "What it should become: one a line."),
                 io.Combo.Input(
                     "sentences",
                     options=list(SENTENCES),
@@ -72,13 +84,16 @@ class HSpaceDirectionFromPrompts(io.ComfyNode):
                     tooltip="How strongly the images follow their sentence: 7.5 for SD1.5, 3 to 5 for the demo model.",
                 ),
                 seed_of("The seed of the noise that both kinds are sampled from."),
+                block_of(),
             ],
             hidden=HIDDEN,
             outputs=[FOUND],
         )
 
     @classmethod
-    def execute(cls, model, clip, source, target, sentences, latent_image, images, steps, cfg, seed) -> io.NodeOutput:
+    def execute(
+        cls, model, clip, source, target, sentences, latent_image, images, steps, cfg, seed, block
+    ) -> io.NodeOutput:
         if clip is None:
             raise ValueError(f"{PROMPTS} got no CLIP: the checkpoint holds no text encoder; load one with Load CLIP.")
         check_no_mask(latent_image, PROMPTS)
@@ -99,7 +114,7 @@ class HSpaceDirectionFromPrompts(io.ComfyNode):
 
         sides = spread("source", source), spread("target", target)
         model, cost = metered(model)
-        direction = direction_of_prompts(model, *sides, encoded(""), cfg, ddim_sigmas(model, steps), noise)
+        direction = direction_of_prompts(model, *sides, encoded(""), cfg, ddim_sigmas(model, steps), noise, block)
         return tell(cls, direction, ui=ui.PreviewText(f"{cost.told}."))
 
 
@@ -121,15 +136,16 @@ class HSpaceDirectionFromTrajectories(io.ComfyNode):
                 sockets.Trajectory.Input(
                     "target", tooltip="Images of what it should become, along the same schedule and of the same size."
                 ),
+                block_of(),
             ],
             hidden=HIDDEN,
             outputs=[FOUND],
         )
 
     @classmethod
-    def execute(cls, model, source, target) -> io.NodeOutput:
+    def execute(cls, model, source, target, block) -> io.NodeOutput:
         model, cost = metered(model)
-        direction = direction_of_trajectories(model, source, target)
+        direction = direction_of_trajectories(model, source, target, block)
         return tell(cls, direction, ui=ui.PreviewText(f"{cost.told}."))
 
 
@@ -159,17 +175,17 @@ class ApplyHSpaceDirection(io.ComfyNode):
                 ),
                 fraction("start", 0.0, "From which part of the run on it is applied."),
                 fraction("end", 0.5, "Until where. Each step within costs one more row an image."),
+                fraction("boost", 1.0, "From where on each step adds noise, against flaws. Paper: 0.8; 1 adds none."),
             ],
             outputs=[io.Model.Output("model", tooltip="The model whose samples are edited.")],
         )
 
     @classmethod
-    def execute(cls, model, h_direction, scale, start, end) -> io.NodeOutput:
+    def execute(cls, model, h_direction, scale, start, end, boost) -> io.NodeOutput:
         if scale == 0:
             return io.NodeOutput(model)
-        if start >= end:
-            raise ValueError(f"{APPLY} is to end at {end:g} but starts at {start:g}: raise end, or lower start.")
-        return io.NodeOutput(attach_moves(model, Moves(h_direction, scale, start, end)))
+        check_window(APPLY, start, end)
+        return io.NodeOutput(attach_moves(model, Moves(h_direction, scale, start, end, boost)))
 
 
 class SaveHSpaceDirection(io.ComfyNode):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import comfy.k_diffusion.sampling
@@ -10,6 +13,7 @@ import comfy.samplers
 import folder_paths
 import pytest
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
@@ -21,13 +25,14 @@ from torch import Tensor
 from flows import FLOWS
 from palimpsest.guidance.h_features import direction_of_trajectories
 from palimpsest.guidance.h_space import HDirection, Moves
-from palimpsest.host.branch.asymmetric import KEY, attach_moves
+from palimpsest.host.branch.asymmetric import attach_moves
 from palimpsest.host.branch.call import CHUNKS, slice_of
 from palimpsest.host.branch.source import attach, attach_blend
 from palimpsest.host.run.model import identity
 from palimpsest.host.run.sampler import OwnSampler, Run
-from palimpsest.host.unet.patches import with_middle
-from palimpsest.inversion.run import Guidance, invert
+from palimpsest.host.unet.patches import with_decoded
+from palimpsest.inversion.run import Guidance, invert, resample
+from palimpsest.inversion.virtual import invert_virtually, schedule
 from palimpsest.nodes.h_space import (
     ApplyHSpaceDirection,
     HSpaceDirectionFromPrompts,
@@ -42,16 +47,26 @@ from test_source import swap
 from tiny import Tiny, conditioning, execute, rows_of, tiny_model
 
 CFG = 4.0
-MIDDLE = (64, 4, 4)  # of the tiny UNet
+SIZES = [(64, 4, 4), (64, 4, 4), (64, 8, 8), (32, 8, 8)]  # of the tiny UNet, before each of its output blocks
+MIDDLE = SIZES[0]
 
 
-def direction(tiny: Tiny, seed: int = 5, size: tuple[int, int, int] = MIDDLE) -> HDirection:
-    deltas = torch.randn(tiny.steps, *size, generator=torch.Generator().manual_seed(seed))
-    return HDirection(deltas, tiny.sigmas[:-1].clone(), identity(tiny.model))
+def direction(tiny: Tiny, seed: int = 5, block: int = 0, size: tuple[int, int, int] | None = None) -> HDirection:
+    generator = torch.Generator().manual_seed(seed)
+    deltas = torch.randn(tiny.steps, *(size or SIZES[block]), generator=generator)
+    return HDirection(deltas, tiny.sigmas[:-1].clone(), identity(tiny.model), block)
 
 
-def moving(tiny: Tiny, scale: float = 1.0, start: float = 0.0, end: float = 1.0, seed: int = 5) -> ModelPatcher:
-    return attach_moves(tiny.model, Moves(direction(tiny, seed), scale, start, end))
+def moving(
+    tiny: Tiny,
+    scale: float = 1.0,
+    start: float = 0.0,
+    end: float = 1.0,
+    boost: float = 1.0,
+    seed: int = 5,
+    block: int = 0,
+) -> ModelPatcher:
+    return attach_moves(tiny.model, Moves(direction(tiny, seed, block), scale, start, end, boost))
 
 
 def each(prompt: list, images: Tensor) -> list:
@@ -59,29 +74,61 @@ def each(prompt: list, images: Tensor) -> list:
     return [[prompt[0][0].expand(len(images), -1, -1), {}]]
 
 
-def paper(tiny: Tiny, scale: float, start: float, end: float, cfg: float = CFG, eta: float = 0.0) -> Tensor:
+@contextmanager
+def added(unet: UNetModel, block: int, delta: Tensor | None) -> Iterator[None]:
+    """Within it, what the UNet's middle block gives, or its output block before `block`, is moved by delta."""
+    layer = unet.output_blocks[block - 1][-1] if block else unet.middle_block[-1]
+    hook = layer.register_forward_hook(lambda module, inputs, h: h if delta is None else h + delta)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+Draw = Callable[[float, float], Tensor]
+"""Noise for the step from one sigma to the next."""
+
+
+def drawn_by_the_sampler(tiny: Tiny) -> Draw:
+    return comfy.k_diffusion.sampling.default_noise_sampler(tiny.noise, seed=0)
+
+
+def drawn_by_us(tiny: Tiny) -> Draw:
+    generator = torch.Generator().manual_seed(1)
+    return lambda sigma, below: torch.randn(tiny.noise.shape, generator=generator)
+
+
+def paper(
+    tiny: Tiny,
+    scale: float,
+    start: float,
+    end: float,
+    boost: float = 1.0,
+    draw: Draw | None = None,
+    block: int = 0,
+) -> Tensor:
     """Asyrp in float64, as its authors write it: z' = sqrt(a') P(e~) + sqrt(1 - a' - v) e + sqrt(v) n, P the predicted
-    image; v is 0, or for DDPM's noise eta^2 (1 - a') / (1 - a) (1 - a / a').
+    image; v is 0, and from boost on that of DDPM's noise, (1 - a') / (1 - a) (1 - a / a').
     """
-    _, predict = in_float64(tiny.model)
-    draw = comfy.k_diffusion.sampling.default_noise_sampler(tiny.noise, seed=0)
-    sigmas, deltas = tiny.sigmas.double(), direction(tiny).deltas.double()
+    unet, predict = in_float64(tiny.model)
+    sigmas, deltas = tiny.sigmas.double(), direction(tiny, block=block).deltas.double()
     x = tiny.trajectory.states[0].double()
     for step, (sigma, below) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
 
         def noise(prompt: list, delta: Tensor | None = None, x: Tensor = x, sigma: Tensor = sigma) -> Tensor:
-            options = {} if delta is None else with_middle({}, lambda h, options: h + delta)
-            return predict(x, sigma, each(prompt, x), options)
+            with added(unet, block, delta):
+                return predict(x, sigma, each(prompt, x), {})
 
         negative = noise(tiny.negative)
-        e = moved = negative + cfg * (noise(tiny.target) - negative)
+        e = moved = negative + CFG * (noise(tiny.target) - negative)
         if start <= step / tiny.steps < end:
-            moved = negative + cfg * (noise(tiny.target, scale * deltas[step]) - negative)
+            moved = negative + CFG * (noise(tiny.target, scale * deltas[step]) - negative)
         a, a_next = 1 / (1 + sigma**2), 1 / (1 + below**2)
         z = a.sqrt() * x
-        v = eta**2 * (1 - a_next) / (1 - a) * (1 - a / a_next)
+        noisy = step / tiny.steps >= boost
+        v = (1 - a_next) / (1 - a) * (1 - a / a_next) if noisy else 0 * a
         z = a_next.sqrt() * (z - (1 - a).sqrt() * moved) / a.sqrt() + (1 - a_next - v).sqrt() * e
-        if eta:
+        if noisy:
             z = z + v.sqrt() * draw(sigma, below).double()
         x = z / a_next.sqrt()
     return tiny.model.model.process_latent_out(x)
@@ -98,11 +145,84 @@ def test_the_step_is_the_papers(prediction: ModelType, window: tuple[float, floa
     assert relative(plain.double(), expected) > 0.02
 
 
-def test_the_step_with_noise_is_the_papers(tiny: Tiny) -> None:
-    """The paper adds noise in the last steps; `euler_ancestral` does in all."""
-    expected = paper(tiny, 2.0, 0.0, 0.6, eta=1.0)
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_h_may_be_what_a_block_of_the_decoder_gives(tiny: Tiny, block: int) -> None:
+    expected = paper(tiny, 0.5, 0.0, 0.6, block=block)
+    assert relative(tiny.sample(moving(tiny, 0.5, 0.0, 0.6, block=block), cfg=CFG).double(), expected) < 1e-5
+    assert relative(tiny.sample(tiny.model, cfg=CFG).double(), expected) > 0.02
+
+
+def test_noise_in_all_steps_is_the_papers(tiny: Tiny) -> None:
+    """As `euler_ancestral` adds it."""
+    expected = paper(tiny, 2.0, 0.0, 0.6, 0.0, drawn_by_the_sampler(tiny))
     assert relative(tiny.sample(moving(tiny, 2.0, 0.0, 0.6), sampler="euler_ancestral").double(), expected) < 1e-5
     assert relative(paper(tiny, 2.0, 0.0, 0.6), expected) > 0.02
+
+
+@pytest.mark.parametrize("prediction", [ModelType.EPS, ModelType.V_PREDICTION])
+def test_noise_in_the_last_steps_is_the_papers(prediction: ModelType) -> None:
+    """The quality boost, in samplers that add none, which the host seeds by 0 here."""
+    tiny = Tiny(model=tiny_model(prediction), batch=2)
+    expected = paper(tiny, 2.0, 0.0, 0.4, 0.6, drawn_by_us(tiny))
+    for sampler in ("euler", "ddim"):
+        boosted = tiny.sample(moving(tiny, 2.0, 0.0, 0.4, 0.6), cfg=CFG, sampler=sampler)
+        assert relative(boosted.double(), expected) < 1e-5
+    assert relative(tiny.sample(moving(tiny, 2.0, 0.0, 0.4), cfg=CFG).double(), expected) > 0.02
+
+
+def test_where_the_sampler_adds_as_much_noise_none_is_added(tiny: Tiny) -> None:
+    for sampler in ("euler_ancestral", "ddpm", "lcm"):
+        plain, boosted = (moving(tiny, 2.0, 0.0, 0.4, boost) for boost in (1.0, 0.4))
+        sampled = tiny.sample(boosted, sampler=sampler)
+        assert relative(sampled, tiny.sample(plain, sampler=sampler)) < 1e-6
+        assert relative(sampled, tiny.sample(tiny.model, sampler=sampler)) > 0.01
+
+
+def test_noise_is_the_seeds(tiny: Tiny) -> None:
+    model = moving(tiny, 2.0, 0.0, 0.4, 0.6)
+    assert torch.equal(tiny.sample(model, seed=3), tiny.sample(model, seed=3))
+    assert relative(tiny.sample(model, seed=4), tiny.sample(model, seed=3)) > 0.02
+
+
+def test_noise_is_not_for_the_steps_that_edit(tiny: Tiny) -> None:
+    with pytest.raises(ValueError, match="to add noise from 0.4 of the run on, but to edit until 0.6: raise boost"):
+        moving(tiny, 1.0, 0.0, 0.6, 0.4)
+    with pytest.raises(ValueError, match="to add noise from 0.6 of the run on, but to edit until 0.8: raise boost"):
+        attach_moves(moving(tiny, 1.0, 0.0, 0.4, 0.6), Moves(direction(tiny), 1.0, 0.0, 0.8))
+
+
+def test_an_edit_without_inversion_moves_on_top_of_its_own(tiny: Tiny) -> None:
+    """FlowEdit by one noise: d' = kept d + taken (D(x + d; target) - D(x; source)) + (D~ - D)."""
+    sigmas = schedule(tiny.model, "simple", tiny.steps, 0.6)
+    model, trajectory = invert_virtually(tiny.model, tiny.source, tiny.image, sigmas, False)
+    found = direction(tiny)._replace(sigmas=sigmas[:-1])
+    moved = attach_moves(model, Moves(found, 2.0, 0.0, 0.6))
+    guidance = Guidance(tiny.target, tiny.negative, CFG)
+    edited = tiny.model.model.process_latent_in(resample(moved, trajectory, guidance))
+
+    unet, predict = in_float64(tiny.model)
+    image = trajectory.states[-1].double()
+    noise = (trajectory.states[0].double() - image) / sigmas[0]
+    moved_by = torch.zeros_like(image)
+    for step, (sigma, below) in enumerate(zip(sigmas[:-1].double(), sigmas[1:].double(), strict=True)):
+
+        def clean(prompt: list, x: Tensor, delta: Tensor | None = None, sigma: Tensor = sigma) -> Tensor:
+            with added(unet, 0, delta):
+                return x - sigma * predict(x, sigma, prompt, {})
+
+        source = image + sigma * noise
+        target, kept = source + moved_by, below / sigma
+        negative, positive = (clean(prompt, target) for prompt in (tiny.negative, tiny.target))
+        apart = negative + CFG * (positive - negative) - clean(tiny.source, source)
+        moved_by = kept * moved_by + (1 - kept) * apart
+        if step / tiny.steps < 0.6:
+            moved_by = moved_by + CFG * (clean(tiny.target, target, 2.0 * found.deltas[step].double()) - positive)
+    assert relative(edited.double(), image + moved_by) < 1e-4
+    assert relative(tiny.model.model.process_latent_in(resample(model, trajectory, guidance)), edited) > 0.01
+
+    boosted = attach_moves(model, Moves(found, 2.0, 0.0, 0.4, 0.6))
+    with pytest.raises(ValueError, match="is to add noise by boost, which a MODEL of Flow Edit or Virtual Inversion"):
+        resample(boosted, trajectory, guidance)
 
 
 def test_at_scale_0_the_node_hands_on_its_model(tiny: Tiny) -> None:
@@ -128,6 +248,16 @@ def test_two_directions_add_up(tiny: Tiny) -> None:
     assert relative(tiny.sample(both), tiny.sample(moving(tiny))) > 0.01
 
 
+def test_directions_before_two_blocks_move_both(tiny: Tiny) -> None:
+    """As one call with both moved, not as two moves of the answer added up."""
+    one, other = direction(tiny), direction(tiny, 6, block=2)
+    model = attach_moves(tiny.model, Moves(one, 2.0, 0.0, 1.0))
+    model = attach_moves(model, Moves(other, 0.5, 0.0, 1.0))
+    expected = tiny.sample(tiny.model, sampler=Asymmetric({0: 2.0 * one.deltas, 2: 0.5 * other.deltas}))
+    assert relative(tiny.sample(model), expected) < 1e-5
+    assert relative(tiny.sample(moving(tiny, 2.0)), expected) > 0.01
+
+
 def test_a_finer_run_moves_less_at_each_step(tiny: Tiny) -> None:
     found = direction(tiny)
     halves = torch.cat([tiny.sigmas[:-1], tiny.sigmas[1:]]).sort(descending=True).values
@@ -142,23 +272,25 @@ def test_a_finer_run_moves_less_at_each_step(tiny: Tiny) -> None:
 
 class Asymmetric(OwnSampler):
     """Asyrp over whatever the model carries: asked twice at every step, the second time with h moved in the row of the
-    target.
+    target, before each block that there are deltas for.
     """
 
-    def __init__(self, deltas: Tensor) -> None:
+    def __init__(self, deltas: dict[int, Tensor]) -> None:
         self.deltas = deltas
 
     def walk(self, run: Run) -> Tensor:
         x = run.latent.clone()
         for step, sigma, sigma_next in run.steps():
 
-            def move(h: Tensor, options: dict, step: int = step) -> Tensor:
+            def move(delta: Tensor, h: Tensor, options: dict) -> Tensor:
                 chunks, h = options.get(CHUNKS, options["cond_or_uncond"]), h.clone()
-                h[slice_of(h, chunks, chunks.index(0))] += self.deltas[step]
+                h[slice_of(h, chunks, chunks.index(0))] += delta
                 return h
 
             denoised = run.denoise(x, sigma)
-            options = with_middle(run.model_options["transformer_options"], move)
+            options = run.model_options["transformer_options"]
+            for block, deltas in self.deltas.items():
+                options = with_decoded(options, block, partial(move, deltas[step]))
             moved = run.denoise(x, sigma, model_options={**run.model_options, "transformer_options": options})
             x = moved + sigma_next / sigma * (x - denoised)
         return x
@@ -174,7 +306,7 @@ def test_edits_stand_beside_it(tiny: Tiny, kind: str) -> None:
             return attach_blend(model, tiny.trajectory, blend(4))
         return attach(model, tiny.trajectory, edit(kind))
 
-    expected = tiny.sample(edited(tiny.model), cfg=CFG, sampler=Asymmetric(moves.scale * moves.direction.deltas))
+    expected = tiny.sample(edited(tiny.model), cfg=CFG, sampler=Asymmetric({0: moves.scale * moves.direction.deltas}))
     for model in (attach_moves(edited(tiny.model), moves), edited(attach_moves(tiny.model, moves))):
         assert relative(tiny.sample(model, cfg=CFG), expected) < 1e-5
     for model in (edited(tiny.model), attach_moves(tiny.model, moves)):
@@ -201,60 +333,68 @@ def test_other_models_and_sizes_are_refused(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match=r"made with another model \(BaseModel, .*: make it with this checkpoint"):
         attach_moves(tiny.model, Moves(other, 1.0, 0.0, 1.0))
     wide = attach_moves(tiny.model, Moves(direction(tiny, size=(64, 4, 8)), 1.0, 0.0, 1.0))
-    with pytest.raises(ValueError, match="whose middle block is 4 x 8, but here it is 4 x 4"):
+    with pytest.raises(ValueError, match="of features of 4 x 8, but here they are 4 x 4"):
         tiny.sample(wide)
     flow = FLOWS["Flux"].make()
-    with pytest.raises(ValueError, match=r"This MODEL \(Flux\) has no middle block of a UNet, which Apply H Space"):
+    with pytest.raises(ValueError, match=r"This MODEL \(Flux\) is no UNet, whose output blocks Apply H Space"):
         attach_moves(flow, Moves(direction(tiny), 1.0, 0.0, 1.0))
+    with pytest.raises(ValueError, match="was given block 4, but the output blocks of this MODEL are 0 to 3: lower"):
+        direction_of_trajectories(tiny.model, tiny.trajectory, tiny.trajectory, 4)
     with pytest.raises(ValueError, match="is to end at 0.2 but starts at 0.5"):
         execute(ApplyHSpaceDirection, model=tiny.model, h_direction=direction(tiny), start=0.5, end=0.2)
 
 
 def test_a_moved_model_is_not_inverted(tiny: Tiny) -> None:
-    with pytest.raises(ValueError, match=f"another node's guidance \\({KEY}\\)"):
+    with pytest.raises(ValueError, match=r"another node's guidance \(Apply H Space Direction\)"):
         invert(moving(tiny), Guidance(tiny.source), tiny.image, tiny.sigmas)
 
 
 # --- directions ------------------------------------------------------------------------------------------------------
 
 
-def features(tiny: Tiny, states: Tensor, prompt: list) -> Tensor:
-    """[n, c, h, w] in float64: the mean output of the middle block at each of tiny's sigmas."""
+def features(tiny: Tiny, states: Tensor, prompt: list, block: int = 0) -> Tensor:
+    """[n, c, h, w] in float64: the mean output of the middle block, or of the output block before `block`, at each of
+    tiny's sigmas.
+    """
     unet, predict = in_float64(tiny.model)
     seen: list[Tensor] = []
-    unet.middle_block[-1].register_forward_hook(lambda module, inputs, h: seen.append(h.mean(0)))
+    layer = unet.output_blocks[block - 1][-1] if block else unet.middle_block[-1]
+    layer.register_forward_hook(lambda module, inputs, h: seen.append(h.mean(0)))
     for state, sigma in zip(states, tiny.sigmas[:-1].double(), strict=False):
         predict(state.double(), sigma, each(prompt, state), {})
     return torch.stack(seen)
 
 
-def test_trajectories_give_the_difference_of_mean_features() -> None:
+@pytest.mark.parametrize("block", [0, 2])
+def test_trajectories_give_the_difference_of_mean_features(block: int) -> None:
     tiny = Tiny(batch=3)
     other = invert(tiny.model, Guidance(tiny.target), tiny.image.flip(2)[:2] + 1, tiny.sigmas)
-    inputs = {"model": tiny.model, "source": tiny.trajectory, "target": other}
+    inputs = {"model": tiny.model, "source": tiny.trajectory, "target": other, "block": block}
     (found,) = execute(HSpaceDirectionFromTrajectories, **inputs)
-    expected = features(tiny, other.states, tiny.target) - features(tiny, tiny.trajectory.states, tiny.source)
-    assert found.deltas.shape == (tiny.steps, *MIDDLE)
+    sides = (other.states, tiny.target), (tiny.trajectory.states, tiny.source)
+    target, source = (features(tiny, *side, block) for side in sides)
+    expected = target - source
+    assert found.deltas.shape == (tiny.steps, *SIZES[block])
     assert relative(found.deltas.double(), expected) < 1e-4
     assert torch.equal(found.sigmas, tiny.sigmas[:-1])
-    back = direction_of_trajectories(tiny.model, other, tiny.trajectory)
+    back = direction_of_trajectories(tiny.model, other, tiny.trajectory, block)
     assert torch.equal(back.deltas, -found.deltas)
 
 
 def test_trajectories_of_one_image_give_nothing(tiny: Tiny) -> None:
-    found = direction_of_trajectories(tiny.model, tiny.trajectory, tiny.trajectory)
+    found = direction_of_trajectories(tiny.model, tiny.trajectory, tiny.trajectory, 0)
     assert not found.deltas.any()
 
 
 def test_trajectories_that_do_not_fit_are_refused(tiny: Tiny) -> None:
     shorter = Tiny(steps=4).trajectory
     with pytest.raises(ValueError, match="trajectories of 5 and 4 steps from sigma .*: make both along one schedule"):
-        direction_of_trajectories(tiny.model, tiny.trajectory, shorter)
+        direction_of_trajectories(tiny.model, tiny.trajectory, shorter, 0)
     wide = tiny.trajectory._replace(states=torch.cat([tiny.trajectory.states] * 2, -1))
     with pytest.raises(ValueError, match="latents of 8 x 8 and 16 x 8: scale the images to one size"):
-        direction_of_trajectories(tiny.model, tiny.trajectory, wide)
+        direction_of_trajectories(tiny.model, tiny.trajectory, wide, 0)
     with pytest.raises(ValueError, match="already edited"):
-        direction_of_trajectories(attach(tiny.model, tiny.trajectory, swap()), tiny.trajectory, tiny.trajectory)
+        direction_of_trajectories(attach(tiny.model, tiny.trajectory, swap()), tiny.trajectory, tiny.trajectory, 0)
 
 
 class Clip:
@@ -316,13 +456,14 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_files_give_back_what_they_were_given(tiny: Tiny, folders: Path) -> None:
-    found = direction(tiny)
+    found = direction(tiny, block=2)
     execute(SaveHSpaceDirection, h_direction=found, filename_prefix="cats")
     (loaded,) = LoadHSpaceDirection.execute("cats_00001_.safetensors [output]").result
     assert torch.equal(loaded.deltas, found.deltas)
     assert torch.equal(loaded.sigmas, found.sigmas)
     assert loaded.model.matches(found.model)
-    assert torch.equal(tiny.sample(attach_moves(tiny.model, Moves(loaded, 1.0, 0.0, 1.0))), tiny.sample(moving(tiny)))
+    moved = tiny.sample(attach_moves(tiny.model, Moves(loaded, 1.0, 0.0, 1.0)))
+    assert torch.equal(moved, tiny.sample(moving(tiny, block=2)))
 
 
 def test_damaged_files_are_refused(tiny: Tiny, folders: Path) -> None:
@@ -346,4 +487,4 @@ def test_damaged_files_are_refused(tiny: Tiny, folders: Path) -> None:
 def test_a_direction_can_be_interrupted(tiny: Tiny) -> None:
     comfy.model_management.interrupt_current_processing()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        direction_of_trajectories(tiny.model, tiny.trajectory, tiny.trajectory)
+        direction_of_trajectories(tiny.model, tiny.trajectory, tiny.trajectory, 0)

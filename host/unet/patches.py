@@ -25,9 +25,8 @@ Attend = Callable[[Tensor, Tensor, Tensor, dict], Tensor]
 """Takes the projected queries, keys and values [rows, positions or tokens, heads * d] of a layer, and its options;
 returns its attention [rows, positions, heads * d]."""
 
-
-Middle = Callable[[Tensor, dict], Tensor]
-"""Takes the middle block's output [rows, channels, h, w] and the call's options; returns the output to go on with."""
+Change = Callable[[Tensor, dict], Tensor]
+"""Takes features [rows, channels, h, w] and the call's options; returns the features to go on with."""
 
 
 def layer_of(kind: str, extra_options: dict) -> Layer:
@@ -61,13 +60,15 @@ def with_measure(options: dict, measure: Measure, unet: UNetModel) -> dict:
     return with_attend(options, "cross", measuring, unet)
 
 
-def with_middle(options: dict, change: Middle) -> dict:
-    """Transformer options whose middle block's output passes through `change`, after other packs' patches."""
+def with_decoded(options: dict, block: int, change: Change) -> dict:
+    """Transformer options whose features before output block `block`, without the skip that joins them there, pass
+    through `change`, after other packs' patches. Before block 0 they are the middle block's output.
+    """
 
-    def changed(given: dict) -> dict:
-        return {**given, "h": change(given["h"], given["transformer_options"])}
+    def changed(features: Tensor, skip: Tensor, extra: dict) -> tuple[Tensor, Tensor]:
+        return (change(features, extra) if extra["block"] == ("output", block) else features), skip
 
-    name, patches = "middle_block_after_patch", options.get("patches", {})
+    name, patches = "output_block_patch", options.get("patches", {})
     return {**options, "patches": {**patches, name: [*patches.get(name, []), changed]}}
 
 
