@@ -74,7 +74,8 @@ class _Run:
                 if delta is not None:
                     deltas[move.block] = deltas.get(move.block, 0) + delta
         self.boost = min(move.boost for move in moves)
-        self.generator = torch.Generator().manual_seed(seed + 1)  # the run's own noise has been drawn by the seed
+        # The run and its sampler draw by seed and seed + 1.
+        self.generator = torch.Generator().manual_seed((seed + 2) % 2**64)
 
     def deltas_at(self, sigma: float) -> dict[int, Tensor]:
         return self.deltas[step_of(self.sigmas, sigma)]
@@ -135,8 +136,8 @@ def _predict_noise(executor, x: Tensor, timestep: Tensor, model_options: dict, *
 
 def _calc_cond_batch(executor, model, conds: list, x: Tensor, timestep: Tensor, model_options: dict):
     options = model_options["transformer_options"]
-    run = options.get(KEY)
-    at = run and place(conds, run.guider.conds["positive"])
+    run = options[KEY]
+    at = place(conds, run.guider.conds["positive"])
     results = executor(model, conds, x, timestep, model_options)
     if at is None:
         return results
