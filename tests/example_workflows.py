@@ -23,6 +23,7 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "few-step-edit",
     "flow-edit",
     "flow-inversion-edit",
+    "h-space",
     "image-pull",
     "inpaint",
     "instruct",
