@@ -24,6 +24,7 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "few-step-edit",
     "flow-edit",
     "flow-inversion-edit",
+    "h-space",
     "image-pull",
     "inpaint",
     "instruct",
@@ -43,7 +44,14 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "virtual-inversion",
 )
 # Each of these reads what the one before it has written.
-KEEPING = ("keep-inversion", "use-kept-inversion", "keep-direction", "use-kept-direction")
+KEEPING = (
+    "keep-inversion",
+    "use-kept-inversion",
+    "keep-direction",
+    "use-kept-direction",
+    "keep-h-space",
+    "use-kept-h-space",
+)
 LOOKING = ("attention-maps", "feature-viewer", "flow-attention-maps")
 MEASURING = "measure-edit"
 WITHOUT_DOWNLOAD = (*EDITS, *KEEPING, *LOOKING, MEASURING)

@@ -32,7 +32,7 @@ import palimpsest.inversion.dpm_solver, palimpsest.inversion.obelm, palimpsest.i
 import palimpsest.guidance.negative_prompt, palimpsest.guidance.proximal, palimpsest.guidance.cross_attention
 import palimpsest.guidance.direction, palimpsest.guidance.sentences, palimpsest.guidance.rf_inversion
 import palimpsest.guidance.concepts, palimpsest.guidance.uni_edit, palimpsest.attention.masactrl
-import palimpsest.guidance.clip_guidance
+import palimpsest.guidance.clip_guidance, palimpsest.guidance.h_space
 import palimpsest.guidance.instruct
 hosts = sorted(name for name in sys.modules if name.split(".")[0] in ("comfy", "comfy_api", "nodes", "server"))
 assert not hosts, hosts

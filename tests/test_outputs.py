@@ -26,7 +26,7 @@ from test_inject import masactrl
 from tiny import WIDTH, Tiny, execute
 
 PLAIN = {"LATENT", "SIGMAS", "CONDITIONING", "IMAGE", "MASK"}
-KEPT = {"TRAJECTORY", "ATTENTION_STORE", "PROMPT_EDIT", "EDIT_DIRECTION", "SAMPLER", "MODEL"}
+KEPT = {"TRAJECTORY", "ATTENTION_STORE", "PROMPT_EDIT", "EDIT_DIRECTION", "H_DIRECTION", "SAMPLER", "MODEL"}
 
 
 def storages(value: object) -> set[int]:
@@ -116,6 +116,12 @@ def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, folders: None) ->
     run("ApplyEditDirection", conditioning=source, edit_direction=direction)
     run("SaveEditDirection", edit_direction=direction, filename_prefix="d")
     run("LoadEditDirection", file="d_00001_.safetensors [output]")
+    short = {"latent_image": image, "images": 1, "steps": 2}
+    (moves,) = run("HSpaceDirectionFromPrompts", model=model, clip=clip, **short)
+    run("HSpaceDirectionFromTrajectories", model=model, source=trajectory, target=trajectory)
+    run("ApplyHSpaceDirection", model=model, h_direction=moves)
+    run("SaveHSpaceDirection", h_direction=moves, filename_prefix="e")
+    run("LoadHSpaceDirection", file="e_00001_.safetensors [output]")
     mask = torch.ones(1, 8, 8)
     edited = {"model": model, "trajectory": trajectory}
     run("P2PAttentionController", **edited, prompt_edit=edit, attention_store=store)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..dit.architectures import ARCHITECTURES, architecture_of
 from ..files.conditioning import SEED
-from ..files.trajectory import Trajectory
+from ..files.trajectory import ModelIdentity, Trajectory
 from ..layer import Layer
 from .alone import ALIKE, apart
 from .model import identity, is_flow, is_unet, prompt_width
@@ -71,6 +71,50 @@ def check_foreground(model: ModelPatcher) -> None:
         raise ValueError(
             f"This MODEL ({kind}) is no UNet, and MasaCtrl's source_mask and target_mask are for SD1.x, SD2.x and SDXL "
             "alone: connect the mask of where to edit to mask."
+        )
+
+
+def check_decoder(model: ModelPatcher, block: int, node: str) -> None:
+    """Raises ValueError for models without the output block before which `node` reads or moves features."""
+    network = model.model.diffusion_model
+    if not is_unet(model):
+        raise ValueError(
+            f"This MODEL ({type(network).__name__}) is no UNet, whose output blocks {node} needs: load an SD1.x, SD2.x "
+            "or SDXL checkpoint, or edit with Flow Edit."
+        )
+    last = len(network.output_blocks) - 1
+    if block > last:
+        raise ValueError(
+            f"{node} was given block {block}, but the output blocks of this MODEL are 0 to {last}: lower block."
+        )
+
+
+def check_direction(model: ModelPatcher, known: ModelIdentity, node: str) -> None:
+    """Raises ValueError where the features that `node` moves were read from another model than this one."""
+    own = identity(model)
+    if not own.matches(known):
+        raise ValueError(
+            f"The h-space direction was made with another model ({known.name}, {known.prediction}) than the MODEL of "
+            f"{node} ({own.name}, {own.prediction}): make it with this checkpoint."
+        )
+
+
+def check_h_size(h: Tensor, delta: Tensor) -> None:
+    """Raises ValueError where features [rows, c, h, w] are of another size than what is to be added."""
+    if h.shape[1:] != delta.shape:
+        (_, *here), (_, *there) = h.shape[1:], delta.shape
+        raise ValueError(
+            f"The h-space direction was made of features of {there[0]} x {there[1]}, but here they are {here[0]} x "
+            f"{here[1]}: make the direction from images of this size, and remove areas and tiling."
+        )
+
+
+def check_boost(node: str, end: float, boost: float) -> None:
+    """Raises ValueError where noise is to come in before the edit is over: a step has the one or the other."""
+    if boost < end:
+        raise ValueError(
+            f"{node} is to add noise from {boost:g} of the run on, but to edit until {end:g}: raise boost, or lower "
+            "end."
         )
 
 
@@ -762,6 +806,15 @@ def check_judged(node: str, virtual: bool) -> None:
         raise ValueError(
             f"{node} looks at an image under noise, which a MODEL of Flow Edit or Virtual Inversion does not sample: "
             f"remove {node}, or invert with DDIM Inversion."
+        )
+
+
+def check_boosted(node: str, virtual: bool) -> None:
+    """Raises ValueError for a run whose steps `node` cannot add noise to. virtual: whether it edits from an image."""
+    if virtual:
+        raise ValueError(
+            f"{node} is to add noise by boost, which a MODEL of Flow Edit or Virtual Inversion does not sample: set "
+            "boost to 1."
         )
 
 

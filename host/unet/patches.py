@@ -25,6 +25,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, dict], Tensor]
 """Takes the projected queries, keys and values [rows, positions or tokens, heads * d] of a layer, and its options;
 returns its attention [rows, positions, heads * d]."""
 
+Change = Callable[[Tensor, dict], Tensor]
+"""Takes features [rows, channels, h, w] and the call's options; returns the features to go on with."""
+
 
 def layer_of(kind: str, extra_options: dict) -> Layer:
     return Layer(kind, *extra_options["block"], extra_options["block_index"], *extra_options["activations_shape"][2:])
@@ -55,6 +58,18 @@ def with_measure(options: dict, measure: Measure, unet: UNetModel) -> dict:
         return inner(query, key, value, extra)
 
     return with_attend(options, "cross", measuring, unet)
+
+
+def with_decoded(options: dict, block: int, change: Change) -> dict:
+    """Transformer options whose features before output block `block`, without the skip that joins them there, pass
+    through `change`, after other packs' patches. Before block 0 they are the middle block's output.
+    """
+
+    def changed(features: Tensor, skip: Tensor, extra: dict) -> tuple[Tensor, Tensor]:
+        return (change(features, extra) if extra["block"] == ("output", block) else features), skip
+
+    name, patches = "output_block_patch", options.get("patches", {})
+    return {**options, "patches": {**patches, name: [*patches.get(name, []), changed]}}
 
 
 def with_attend(options: dict, kind: str, attend: Callable, unet: UNetModel) -> dict:
