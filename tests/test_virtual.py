@@ -223,6 +223,13 @@ def test_runs_again_to_the_same_bits_and_another_seed_is_another_edit(tiny: Tiny
     assert not torch.equal(edit(0), edit(1))
 
 
+def test_the_largest_seed_of_a_widget(tiny: Tiny) -> None:
+    ends = [
+        resample(*virtual(tiny, FLOWEDIT, seed=seed), guidance(tiny), sampler_of(FLOWEDIT)) for seed in (0, 2**64 - 1)
+    ]
+    assert not torch.equal(*ends)
+
+
 @presets
 def test_ksampler_gives_the_same_bits(tiny: Tiny, name: str) -> None:
     sigmas = schedule(tiny.model, "karras", 4, 0.7)

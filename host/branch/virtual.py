@@ -145,7 +145,8 @@ class _Run:
     ) -> None:
         self.model, self.trajectory, self.image = model, trajectory, trajectory.states[-1].to(model.load_device)
         self.path, self.pull, self.sigmas, self.mix, self.mask = virtual.path, virtual.pull, sigmas, mix, mask
-        self.generator = torch.Generator().manual_seed(seed + 1)  # the run's own noise has been drawn by the seed
+        # The run's own noise has been drawn by the seed.
+        self.generator = torch.Generator().manual_seed((seed + 1) % 2**64)
         self.noise: Tensor | None = None  # in place of the sampler's
         self.sigma = float(sigmas[0])
         self.moved = self.image.new_zeros(images, *self.image.shape[1:])  # d
