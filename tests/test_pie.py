@@ -177,7 +177,9 @@ def test_an_interrupted_run_goes_on(
 # --- what it is made of ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted({*EDITS, MEASURING, "edit-photo"} - {"edit-generated-image", "pix2pix-zero"}))
+@pytest.mark.parametrize(
+    "name", sorted({*EDITS, MEASURING, "edit-photo"} - {"edit-generated-image", "h-space", "pix2pix-zero"})
+)
 def test_every_workflow_can_be_filled(name: str) -> None:
     """With a picture and prompts of any kind, and nothing of the demo's scene is left."""
     workflow = api_form(name)
