@@ -552,6 +552,10 @@ def pairs(arguments: list[str]) -> int:
     return run_in_host("palimpsest.benchmarks", ["pairs", *arguments])
 
 
+def distil(arguments: list[str]) -> int:
+    return run_in_host("palimpsest.benchmarks", ["distil", *arguments])
+
+
 def train(arguments: list[str]) -> int:
     return run_in_host("palimpsest.demo.train", arguments)
 
@@ -571,7 +575,7 @@ def hand_over(command: list[str], setup: Setup, cwd: Path | None = None) -> int:
 
 # --- command line ----------------------------------------------------------------------------------------------------
 
-PASSING_ON = {"test": test, "bench": bench, "batch": batch, "pairs": pairs, "train": train}
+PASSING_ON = {"test": test, "bench": bench, "batch": batch, "pairs": pairs, "distil": distil, "train": train}
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -584,6 +588,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     commands.add_parser("bench", help="run the benchmarks; further arguments are theirs", add_help=False)
     commands.add_parser("batch", help="edit many pictures by a table of prompts", add_help=False)
     commands.add_parser("pairs", help="make pairs of pictures with instructions to train on", add_help=False)
+    commands.add_parser("distil", help="distil an edit into a network for Upscale Image", add_help=False)
     commands.add_parser("train", help="train the demo model; further arguments are the trainer's", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command not in PASSING_ON:

@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from . import batch, edits, flows, p2p, pairs, pie, reconstruction, samples, steps, truth
+from . import batch, distil, edits, flows, p2p, pairs, pie, reconstruction, samples, steps, truth
 
 MODULES = {
     "truth": truth,
@@ -14,6 +14,7 @@ MODULES = {
     "pie": pie,
     "batch": batch,
     "pairs": pairs,
+    "distil": distil,
     "steps": steps,
     "samples": samples,
     "p2p": p2p,
