@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Set up and run the pack for development: `python dev.py demo | test | serve | bench | batch | train`.
+"""Set up and run the pack to develop it: `python dev.py demo | test | serve | bench | batch | pairs | distil | train`.
 
 Needs Python's standard library and nothing else. Every command first makes what is missing: a virtual environment in
 `.venv`, a ComfyUI to be the host (COMFYUI_PATH, else the one that the pack lies in, else a pinned one in `.dev`), and a

@@ -118,9 +118,9 @@ class Farm:
         return set(self.client.scheduler_info(n_workers=-1)["workers"])
 
     def comes(self) -> bool:
-        """Whether a worker comes in the place of those that are gone."""
+        """Whether a worker comes in the place of those that are gone, and a server is left for it."""
         present = self.present()
-        if present and not self.gone:
+        if (present and not self.gone) or (self.given and not self.free):
             return False
         try:
             self.client.wait_for_workers(len(self.unfit & present) + 1, timeout=GRACE)

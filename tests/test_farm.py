@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client
+from distributed import Client, LocalCluster
 
 from host_server import free_port
-from palimpsest.benchmarks.farm import add_farm, farm, spread
+from palimpsest.benchmarks.farm import Farm, add_farm, farm, spread
 from palimpsest.benchmarks.servers import Refused, Server, Unusable
 
 ANSWERING = """
@@ -203,11 +203,28 @@ def test_a_worker_that_is_killed_costs_time_alone(
             if len(found) == 2:
                 doomed.kill()
             if len(found) == 4:
-                assert len(servers.found) == 1
+                while len(servers.present()) > 1:
+                    time.sleep(0.05)
                 started(programs, *dask_worker, "--no-nanny")
                 servers.client.wait_for_workers(2, timeout=30)
     assert sorted((piece, value[0], fault) for piece, value, fault in found) == [(n, n, "") for n in range(12)]
     assert {value[1] for _, value, _ in found[4:]} == set(urls)
+
+
+def test_nothing_is_waited_for_where_no_server_is_left_for_a_worker(urls: list[str]) -> None:
+    """One of three workers has gone, one has lost the only server, and the third never had one."""
+    options = {"processes": False, "threads_per_worker": 1, "memory_limit": 0, "dashboard_address": ":0"}
+    with LocalCluster(n_workers=3, **options) as cluster, Client(cluster) as client:
+        servers = Farm(client, WORKFLOW, urls[:1], starting=False)
+        for _ in range(2):
+            assert servers.muster() == []
+            (address,) = servers.found
+            assert servers.found[address] == urls[0]
+            if not servers.gone:
+                client.retire_workers([address])
+        servers.dismiss(address)
+        assert len(servers.present()) == 2
+        assert not servers.comes()
 
 
 def test_a_piece_that_ends_every_worker(
