@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from . import batch, distil, edits, flows, p2p, pairs, pie, reconstruction, samples, steps, truth
+from . import batch, distil, edits, flows, gradients, p2p, pairs, pie, reconstruction, samples, steps, truth
 
 MODULES = {
     "truth": truth,
@@ -19,6 +19,7 @@ MODULES = {
     "samples": samples,
     "p2p": p2p,
     "flows": flows,
+    "gradients": gradients,
     "reconstruction": reconstruction,
 }
 

@@ -73,26 +73,50 @@ class ClipGuidanceNode(io.ComfyNode):
                     "clip_vision", optional=True, tooltip="The picture half of the same CLIP, from Load CLIP Vision."
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="The model's VAE, by which an ordinary CLIP sees pictures."),
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Compute each layer of an ordinary CLIP and of vae twice instead of keeping it: slower, for "
+                        "less memory."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output("model", tooltip="The model for any sampler.")],
         )
 
     @classmethod
     def execute(
-        cls, model, prompt, scale, start, end, instead_of, noised_clip=None, clip=None, clip_vision=None, vae=None
+        cls,
+        model,
+        prompt,
+        scale,
+        start,
+        end,
+        instead_of,
+        noised_clip=None,
+        clip=None,
+        clip_vision=None,
+        vae=None,
+        checkpointing=True,
     ) -> io.NodeOutput:
         if scale == 0:
             return io.NodeOutput(model)
         check_window(NODE, start, end)
         prompts = [prompt, instead_of] if instead_of.strip() else [prompt]
         parts = {"clip": clip, "clip_vision": clip_vision, "vae": vae}
-        judge, embeddings = _judge(prompts, noised_clip, parts)
+        judge, embeddings = _judge(prompts, noised_clip, parts, checkpointing)
         text = direction(*embeddings.split(1))
         return io.NodeOutput(attach_judge(model, ClipGuidance(scale, start, end, text), judge))
 
 
 def _judge(
-    prompts: list[str], noised_clip: ModelPatcher | None, parts: dict[str, CLIP | ClipVisionModel | VAE | None]
+    prompts: list[str],
+    noised_clip: ModelPatcher | None,
+    parts: dict[str, CLIP | ClipVisionModel | VAE | None],
+    checkpointing: bool,
 ) -> tuple[Judge, Tensor]:
     """Who looks, and the prompts' embeddings [b, n]."""
     missing = [name for name, part in parts.items() if part is None]
@@ -118,4 +142,4 @@ def _judge(
             f"The clip of {NODE} makes {text.shape[1]} numbers of a prompt and clip_vision {width} of a picture: load "
             "both from one CLIP."
         )
-    return Pictures(vae, clip_vision), text
+    return Pictures(vae, clip_vision, checkpointing), text

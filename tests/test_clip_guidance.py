@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import comfy.model_management
 import pytest
 import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy.ldm.models.autoencoder import AutoencoderKL
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from flows import FLOWS
+from palimpsest.benchmarks.gradients import Held, clip_gradient, most_held, unet
 from palimpsest.demo import model as demo_model
 from palimpsest.guidance.clip_guidance import ClipGuidance, direction
-from palimpsest.host.branch.judged import NoisedClip, Pictures, attach_judge
+from palimpsest.host.branch.judged import LAYERS, NoisedClip, Pictures, attach_judge
 from palimpsest.host.branch.source import attach
 from palimpsest.host.unet.gradients import gradients
 from palimpsest.inversion.run import Guidance, invert
@@ -160,6 +163,57 @@ def test_an_ordinary_clip_by_the_estimate() -> None:
     slope = (log_likelihood(denoised + step) - log_likelihood(denoised - step)) / 0.04
     assert abs(float(slope / found.norm()) - 1) < 0.02
     assert (sampled - tiny.sample(tiny.model)).abs().max() > 0
+
+
+def by_pictures(judge: Pictures, base: BaseModel, latent: Tensor) -> Tensor:
+    with gradients():
+        return rule().estimated(latent.clone(), 1.0, lambda estimate: judge.embed(base, estimate, 1.0))
+
+
+def test_checkpointing() -> None:
+    """The same gradient, bit for bit, for less memory; VAE and CLIP are then as they were, also after an error."""
+    tiny, vae, vision = Tiny(), kl_vae(), clip_vision()
+    base, latent = tiny.model.model, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+    layers = [
+        layer for net in (vae.first_stage_model, vision.model) for layer in net.modules() if isinstance(layer, LAYERS)
+    ]
+    assert len(layers) > 12
+    own = layers[0].forward
+    layers[0].forward = own  # as another pack sets it
+    before = [dict(vars(layer)) for layer in layers]
+    weights = {name: weight.clone() for name, weight in vae.first_stage_model.state_dict().items()}
+    short, long = (Pictures(vae, vision, checkpointing) for checkpointing in (True, False))
+    with Held() as held:
+        gradient = by_pictures(short, base, latent)
+    with Held() as all_held:
+        assert torch.equal(by_pictures(long, base, latent), gradient)
+    assert held.most < 0.6 * all_held.most
+    with pytest.raises(RuntimeError):
+        by_pictures(short, base, latent[:, :3])
+    assert [dict(vars(layer)) for layer in layers] == before
+    assert all(torch.equal(weights[name], weight) for name, weight in vae.first_stage_model.state_dict().items())
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_memory_is_reserved(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What networks of true shape were counted to hold fits into it."""
+    tiny, judge = Tiny(), Pictures(kl_vae(), clip_vision(), checkpointing)
+    load, needed = comfy.model_management.load_models_gpu, []
+
+    def watch(models: list[ModelPatcher], *, minimum_memory_required: float, **kwargs) -> None:
+        needed.append(minimum_memory_required)  # what the host keeps free of weights
+        load(models, minimum_memory_required=minimum_memory_required, **kwargs)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", watch)
+    for model in (tiny.model, attach_judge(tiny.model, rule(), judge), attach_judge(tiny.model, rule(), noised())):
+        tiny.sample(model)
+    plain, ours, small = needed
+    row = tiny.model.model.memory_required([1, *tiny.noise.shape[1:]])
+    assert judge.memory(tiny.noise.shape) <= ours < judge.memory(tiny.noise.shape) + row
+    assert ours > small == plain
+    model = unet("sd15")
+    held = most_held(clip_gradient(model, "sd15", checkpointing))
+    assert held < judge.memory((1, 4, 64, 64))
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_ancestral"])

@@ -65,6 +65,24 @@ def differentiable(model: ModelPatcher, checkpointing: bool) -> ModelPatcher:
 
 
 @contextmanager
+def checkpointed(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[None]:
+    """Within it the layers of these kinds in `module` are run again for their gradients, instead of kept.
+
+    For networks without patches; no such layer may hold another.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, kinds)]
+    before = [vars(layer).copy() for layer in layers]
+    for layer in layers:
+        layer.forward = _checkpointed_forward(layer)
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            del layer.forward
+            vars(layer).update(own)
+
+
+@contextmanager
 def refusing(node: str) -> Iterator[None]:
     """Within it, what lets no gradient through is refused, which runs without one."""
     try:
@@ -169,17 +187,27 @@ def _own_skip(h: Tensor, skip: Tensor, options: dict) -> tuple[Tensor, Tensor]:
 
 
 def _checkpointed_residual(layer: ResBlock, x: Tensor, emb: Tensor, *args) -> Tensor:
-    return _checkpoint(layer, x, emb)
+    return _checkpoint(layer, layer, x, emb)
 
 
 def _checkpointed_transformer(layer: SpatialTransformer, x: Tensor, emb: Tensor, context: Tensor, options: dict, *args):
     own = dict(options)  # the host writes the next block's name into its own, before this one runs again
     options["transformer_index"] += 1  # as the host does behind each layer that it calls itself
-    return _checkpoint(layer, x, context, own)
+    return _checkpoint(layer, layer, x, context, own)
 
 
-def _checkpoint(layer: nn.Module, *args) -> Tensor:
-    return checkpoint(layer, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _run_again(layer)))
+def _checkpoint(run: Callable, layer: nn.Module, *args) -> Tensor:
+    return checkpoint(run, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _run_again(layer)))
+
+
+def _checkpointed_forward(layer: nn.Module) -> Callable[..., Tensor]:
+    forward = layer.forward
+
+    def run(*args) -> Tensor:
+        with OwnSums():
+            return forward(*args)
+
+    return lambda *args: _checkpoint(run, layer, *args)
 
 
 @contextmanager
