@@ -29,6 +29,7 @@ class LocalBlend:
     soft: latent pixels over which the mask by words falls to 0 outside its edge.
     user: [1 or b, h, w] in 0..1 at any resolution, or None. unite: whether it adds to the mask by words or limits it.
     show: gets, with every mask, what draws the phrases' maps that it is made of, [h, w, 3] in 0..1; or None.
+    layout: whether the phrases' maps are carried by self-attention, which spreads them enough not to be widened.
     """
 
     columns: tuple[Tensor, Tensor] | None
@@ -41,6 +42,7 @@ class LocalBlend:
     user: Tensor | None
     unite: bool
     show: Callable[[Callable[[], Tensor]], None] | None = None
+    layout: bool = False
 
     def check(self, positive: Tensor, batch: int) -> None:
         if self.target is not None and not same_prompt(positive, self.target):
@@ -67,7 +69,7 @@ class LocalBlend:
             return user
         if self.show is not None:
             self.show(lambda: heat_picture(torch.cat([maps[0, : self.phrases] for maps in (source, target)])))
-        words = self._region(source, target, size, slice(self.phrases), self.threshold, pool=True)
+        words = self._region(source, target, size, slice(self.phrases), self.threshold, pool=not self.layout)
         if source.shape[1] > self.phrases:
             words &= ~self._region(source, target, size, slice(self.phrases, None), self.subtract_threshold, pool=False)
         words = softened(words.float(), self.soft)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor
@@ -77,11 +78,15 @@ def phrase_columns(phrases: Sequence[str], edit: PromptEdit, node: str) -> tuple
     return source, target
 
 
-def changed_columns(edit: PromptEdit) -> tuple[Tensor, Tensor]:
-    """As phrase_columns, a phrase for each word that one prompt has and the other has not; m is 0 for equal prompts."""
+def changed_columns(edit: PromptEdit, joined: bool = False) -> tuple[Tensor, Tensor]:
+    """As phrase_columns, a phrase for each word that one prompt has and the other has not; m is 0 for equal prompts.
+
+    joined: one phrase for all such words that stand side by side.
+    """
     carries = [carry_over(edit.source, words, "refine") for words in edit.targets]
-    dropped = [_not_all(carry.source.any(1), edit.source) for carry in carries]
-    added = [_not_all(carry.own == 0, words) for carry, words in zip(carries, edit.targets, strict=True)]
+    found = _runs if joined else _not_all
+    dropped = [found(carry.source.any(1), edit.source) for carry in carries]
+    added = [found(carry.own == 0, words) for carry, words in zip(carries, edit.targets, strict=True)]
     source, target = _no_columns(edit, max(len(one) + len(other) for one, other in zip(dropped, added, strict=True)))
     for row, (ones, others) in enumerate(zip(dropped, added, strict=True)):
         for m, tokens in enumerate(ones):
@@ -108,6 +113,12 @@ def prompt_columns(phrases: Sequence[str], words: Words) -> Tensor:
 
 def _not_all(marked: Tensor, words: Words) -> list[tuple[int, ...]]:
     return [tokens for tokens in words.tokens if not marked[list(tokens)].all()]
+
+
+def _runs(marked: Tensor, words: Words) -> list[tuple[int, ...]]:
+    """As `_not_all`, what stands side by side as one."""
+    runs = groupby(words.tokens, lambda tokens: not marked[list(tokens)].all())
+    return [tuple(chain.from_iterable(tokens)) for changed, tokens in runs if changed]
 
 
 def _no_columns(edit: PromptEdit, count: int) -> tuple[Tensor, Tensor]:

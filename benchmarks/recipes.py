@@ -304,6 +304,12 @@ def blended(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
     return attach_blend(model, inverted.trajectory, local_blend(batch.edits)), target
 
 
+def blended_by_layout(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
+    """The word maps carried by self-attention."""
+    model, target = p2p(batch, inverted)
+    return attach_blend(model, inverted.trajectory, local_blend(batch.edits, layout=True)), target
+
+
 def diffedit(batch: Batch, inverted: Inverted) -> tuple[ModelPatcher, list]:
     """The new prompt where the two prompts predict different noise, the source elsewhere (arXiv 2210.11427)."""
     return masked(batch, inverted, inverted.model), batch.target
@@ -439,7 +445,8 @@ EDITORS |= {"CLIP guidance": clip_guided, "CLIP guidance alone": clip_alone}
 GRID += [(DDIM, editor) for editor in ("CLIP guidance", "CLIP guidance alone")]
 EDITORS |= {"KV-Edit, true mask": kv_edit, "UniEdit": uni_edit}  # of flows alone
 INVERSIONS[VALUES] = fitted_values
-GRID += [(VALUES, "P2P")]
+EDITORS["P2P, blended by words and layout"] = blended_by_layout
+GRID += [(VALUES, "P2P"), (DDIM, "P2P, blended by words and layout")]
 UPON = dict.fromkeys(("drifting DDIM", "negative prompt", NULL_TEXT, VALUES, *ABLATIONS), DDIM)
 UPON["null text, of the source alone"] = NULL_TEXT
 

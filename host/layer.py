@@ -122,6 +122,8 @@ class Blend(Protocol):
     """Of the phrases to measure: [k, source tokens, m], [k, target tokens, m], 1 at a phrase's tokens; None for none.
     The images of a batch take the k in turn.
     """
+    layout: bool
+    """Whether the phrases' maps are carried by self-attention, which UNets alone can."""
 
     def check(self, positive: Tensor, batch: int) -> None:
         """As Edit.check."""

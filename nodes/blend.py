@@ -14,6 +14,7 @@ from . import sockets
 from .widgets import drawn, fraction
 
 INTERSECT, UNITE = "intersect", "unite"
+WORDS, LAYOUT = "words", "words and layout"
 
 
 class LocalBlendNode(io.ComfyNode):
@@ -71,6 +72,17 @@ class LocalBlendNode(io.ComfyNode):
                 fraction(
                     "subtract_threshold", 0.3, "The threshold of subtract_words. Lower takes away more.", advanced=True
                 ),
+                io.Combo.Input(
+                    "mask_from",
+                    options=[WORDS, LAYOUT],
+                    default=WORDS,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "The maps of the words alone, or spread over what looks alike in the image, with changed words "
+                        "that stand side by side as one: closer to shapes. The latter for SD1.x, SD2.x and SDXL."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output("model", tooltip="The model whose samples are the source outside the mask.")],
             hidden=[io.Hidden.unique_id],
@@ -90,10 +102,11 @@ class LocalBlendNode(io.ComfyNode):
         subtract_threshold,
         prompt_edit=None,
         mask=None,
+        mask_from=WORDS,
     ) -> io.NodeOutput:
         columns, phrases = None, 0
         if prompt_edit is not None:
-            columns, phrases = _columns(prompt_edit, words, subtract_words)
+            columns, phrases = _columns(prompt_edit, words, subtract_words, mask_from == LAYOUT)
         elif mask is None or split_phrases(words) or split_phrases(subtract_words):
             raise ValueError(
                 "Local Blend needs prompt_edit to find words: connect it, or a mask and leave words empty."
@@ -109,14 +122,17 @@ class LocalBlendNode(io.ComfyNode):
             None if mask is None else drawn(mask),
             mask_mode == UNITE,
             None if cls.hidden is None else Live(cls.hidden.unique_id).show,
+            mask_from == LAYOUT,
         )
         return io.NodeOutput(attach_blend(model, trajectory, blend))
 
 
-def _columns(prompt_edit, words: str, subtract_words: str) -> tuple[tuple[torch.Tensor, torch.Tensor], int]:
+def _columns(
+    prompt_edit, words: str, subtract_words: str, joined: bool
+) -> tuple[tuple[torch.Tensor, torch.Tensor], int]:
     """The columns of LocalBlend, and how many of them are where to edit."""
     phrases = split_phrases(words)
-    found = phrase_columns(phrases, prompt_edit, "Local Blend") if phrases else changed_columns(prompt_edit)
+    found = phrase_columns(phrases, prompt_edit, "Local Blend") if phrases else changed_columns(prompt_edit, joined)
     if not found[0].shape[2]:
         raise ValueError(
             "Local Blend has no words, and the prompts of Prompt Edit do not differ: write the words to edit."

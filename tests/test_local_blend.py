@@ -264,8 +264,8 @@ def refine(target: Tensor, tokens: int = 77, end: int = 4, steps: int = 5) -> tu
 class Watch:
     """A blend of everything that keeps the sums that it is given."""
 
-    def __init__(self, table: tuple[Tensor, Tensor]) -> None:
-        self.columns = table
+    def __init__(self, table: tuple[Tensor, Tensor], layout: bool = False) -> None:
+        self.columns, self.layout = table, layout
         self.seen: list[tuple[Tensor, Tensor]] = []
 
     def check(self, positive: Tensor, batch: int) -> None:

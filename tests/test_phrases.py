@@ -114,6 +114,15 @@ def test_columns_of_what_changes() -> None:
     assert changed_columns(edit_of("a cat", "a cat"))[0].shape[2] == 0
 
 
+def test_changed_words_side_by_side_are_joined() -> None:
+    """Of each prompt, words of several pieces with them, but not over a word that stays."""
+    edit = edit_of("a cat on a mat", "a flu|ffy red dog on a blue mat", "a cat on a mat")
+    source, target = changed_columns(edit, joined=True)
+    assert source.nonzero().tolist() == [[0, 2, 0]]
+    assert target.nonzero().tolist() == [[0, 2, 1], [0, 3, 1], [0, 4, 1], [0, 5, 1], [0, 8, 2]]
+    assert changed_columns(edit)[1].shape[2] == 5
+
+
 def test_columns_of_a_prompt_are_its_words_where_none_is_named() -> None:
     assert prompt_columns([], EDIT.source).shape == (77, 5)
     assert prompt_columns(["cat on"], EDIT.source).nonzero().tolist() == [[2, 0], [3, 0]]

@@ -137,6 +137,8 @@ def test_a_store_holds_the_sources_maps(tiny: Tiny) -> None:
 class Sums:
     """A blend that confines nothing and keeps the source's maps that it is given."""
 
+    layout = False
+
     def __init__(self, columns: tuple[Tensor, Tensor]) -> None:
         self.columns = columns
         self.source: list[Tensor] = []

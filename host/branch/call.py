@@ -26,7 +26,7 @@ from ..run.refusals import (
 )
 from ..unet.patches import Attend, host_attention, layer_of
 from .joint import JointRows, edited_attention, image_attention, joint_maps
-from .maps import WordMaps, token_maps
+from .maps import WordMaps, layout_map, token_maps
 
 KEY = "palimpsest"
 CHUNKS, READS = f"{KEY}.chunks", f"{KEY}.reads"
@@ -168,6 +168,7 @@ class Call:
 
     def attend(self, inner: Attend, query: Tensor, key: Tensor, value: Tensor, extra_options: dict) -> Tensor:
         """The attention of all rows of a self-attention layer; who reads in parts has a call of its own for each."""
+        self.measure_layout(query, key, extra_options)
         reads = extra_options.get(READS, {})
         parts = next((first.parts for first, *_ in reads.values()), ())
         if not parts:
@@ -285,6 +286,20 @@ class Call:
                 columns = of_target if read is None or read.carry is None else read.carry.to(of_target) @ of_target
                 measured = measured + maps(at, tokens) @ columns
             self.word_maps.add("target", measured)
+
+    def measure_layout(self, query: Tensor, key: Tensor, extra_options: dict) -> None:
+        """Adds one layer's self-attention maps, the target's where its queries and keys are of the same image."""
+        layer = layer_of("self", extra_options)
+        if self.word_maps is None or not self.word_maps.measures(layer):
+            return
+        check_positions_kept(query.shape[1], layer.positions)
+        chunks, rule = extra_options[CHUNKS], self.rule(layer)
+        crosses = rule is not None and ("query" in rule.reads) != ("key" in rule.reads)
+        for side, index in (("source", self.source), ("target", self.target)):
+            if index in chunks and not (side == "target" and crosses):
+                rows = slice_of(query, chunks, chunks.index(index))
+                own = key[rows, : layer.positions]  # tiled where another row reads the keys of both images
+                self.word_maps.add(side, layout_map(query[rows], own, extra_options["n_heads"]), "self")
 
     def with_values(self, kind: str, rows: Inputs, chunks: list[int]) -> Inputs:
         """The rows of all chunks, in cross-attention with the source's own values in its rows."""

@@ -37,6 +37,7 @@ from ..run.model import is_flow, is_unet, noise_latent, start_of
 from ..run.refusals import (
     check_all_images,
     check_in_place,
+    check_layout,
     check_one_frame,
     check_one_model,
     check_one_state,
@@ -106,6 +107,8 @@ def attach_blend(model: ModelPatcher, trajectory: Trajectory, blend: Blend) -> M
     """A clone of `model` whose samples are the source outside the blend's mask. Raises ValueError as `attach`."""
     if blend.columns is not None:
         check_worded(model, "Local Blend")
+        if blend.layout:
+            check_layout(model)
     model, branch = branched(model, trajectory)
     check_states_known(branch.virtual, "Local Blend")
     if branch.blend is not None:
@@ -184,6 +187,22 @@ class _Run:
             negative["control"] = source["control"]
         return negative
 
+    @property
+    def advice(self) -> str:
+        """What to change for a store to spare the source's row."""
+        blend = self.branch.blend
+        if blend is not None and blend.columns is not None and blend.layout:
+            return "it holds no self-attention maps: set mask_from of Local Blend to words."
+        if self.unmapped:
+            return (
+                "it holds no word maps of the size that Local Blend reads in so large a picture: take a smaller one, "
+                "or a mask without words."
+            )
+        return (
+            "raise the fractions of Record Attention, its self_max_side or its budget_mb, and give it the blocks and "
+            "reads of the edit."
+        )
+
     def step(self, sigma: float) -> tuple[int | None, int]:
         """Which step a call at `sigma` belongs to, and of how many; None where the trajectory has no such sigma."""
         if self.branch.virtual:
@@ -260,12 +279,14 @@ class _Run:
         columns = tuple(columns[images % len(columns)].to(x.device) for columns in blend.columns)
         network = self.guider.model_patcher.model.diffusion_model
         size = map_size(tuple(x.shape[2:])) if architecture_of(network) is None else grid(network, x)
-        return WordMaps(columns, size)
+        return WordMaps(columns, size, blend.layout)
 
     def stored(self, index: int, rules: list[Rule], word_maps: WordMaps | None) -> dict[Layer, Inputs] | None:
         """What the store holds for this step, None where it lacks anything and the source itself has to join."""
         store = self.branch.store
         if store is None:
+            return None
+        if word_maps is not None and word_maps.layout:
             return None
         if word_maps is not None:
             of_source = store.word_maps(index, word_maps.columns[0], word_maps.size)
@@ -321,16 +342,9 @@ def _outer_sample(
         # A copy: uni_pc writes to the schedule that it is given, which the host keeps for the next run.
         result = executor(noise, latent_image, sampler, sigmas.clone(), denoise_mask, *args, **kwargs)
         if branch.store is not None and run.live:
-            advice = (
-                "it holds no word maps of the size that Local Blend reads in so large a picture: take a smaller one, "
-                "or a mask without words."
-                if run.unmapped
-                else "raise the fractions of Record Attention, its self_max_side or its budget_mb, and give it the "
-                "blocks and reads of the edit."
-            )
             logging.warning(
                 f"Palimpsest: the attention store lacks {len(run.live)} of {branch.trajectory.steps} steps, which ran "
-                f"with the source's row: {advice}"
+                f"with the source's row: {run.advice}"
             )
         end = branch.trajectory.index(float(sigmas[-1]))
         if branch.blend is None or end is None:

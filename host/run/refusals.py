@@ -139,6 +139,16 @@ def check_worded(model: ModelPatcher, node: str) -> None:
         )
 
 
+def check_layout(model: ModelPatcher) -> None:
+    """Raises ValueError where self-attention has no layers of its own to carry Local Blend's word maps."""
+    if not is_unet(model):
+        kind = type(model.model.diffusion_model).__name__
+        raise ValueError(
+            f"This MODEL ({kind}) is no UNet, and mask_from 'words and layout' of Local Blend is for SD1.x, SD2.x and "
+            "SDXL alone: set mask_from to words."
+        )
+
+
 def check_unmasked(masked: bool, refused: str) -> None:
     """Raises ValueError where an attention of other keys than the model's own meets a mask made for these.
 
