@@ -68,6 +68,8 @@ from ..inversion.run import (
 from ..inversion.value_inversion import Settings as Values
 from ..inversion.value_inversion import value_inversion
 from ..inversion.virtual import PRESETS, invert_virtually, schedule
+from ..inversion.visii import Settings as Visii
+from ..inversion.visii import visii
 from .edits import directed, encode, local_blend, one_edit, prompt_edit, prompt_to_prompt
 
 
@@ -113,7 +115,7 @@ class Batch:
     """Some edits and what they share: encoded prompts, the inversions that were asked for, and what they cost."""
 
     def __init__(self, loaded: tuple, cases: Sequence[Edit], arguments: argparse.Namespace, steps: int) -> None:
-        model, self.clip, vae = loaded
+        model, self.clip, self.vae = loaded
         self.cases, self.arguments, self.cfg, self.steps = cases, arguments, arguments.cfg, steps
         self.model, self.cost = metered(model)
         self.sigmas = ddim_sigmas(model, steps)
@@ -121,7 +123,7 @@ class Batch:
             [encode(self.clip, [getattr(case, side).caption for case in cases])] for side in ("source", "target")
         )
         self.negative = [encode(self.clip, [""])]
-        self.latent = vae.encode(torch.from_numpy(np.stack([scenes.render(case.source) for case in cases])))
+        self.latent = self.vae.encode(torch.from_numpy(np.stack([scenes.render(case.source) for case in cases])))
         self.edits = [prompt_edit(self.clip, case, "auto") for case in cases]
         self._inverted: dict[str, tuple[Inverted, Spent]] = {}
 
@@ -496,7 +498,29 @@ def flow_edit(
 
 def instruct(image_scale: float, batch: Batch) -> Tensor:
     """arXiv 2211.09800, by an instruction of the words that change; the noise is all that the image starts from."""
-    instructions = [encode(batch.clip, [said(case) for case in batch.cases])]
+    return instructed(image_scale, batch, [encode(batch.clip, [said(case) for case in batch.cases])])
+
+
+def learned(image_scale: float, batch: Batch) -> Tensor:
+    """arXiv 2307.14331, by an instruction learned from the same edit of another scene."""
+    found = []
+    for case in batch.cases:
+        before, after = (batch.vae.encode(torch.from_numpy(picture)[None]) for picture in another(case))
+        found.append(visii(batch.model, before, after, batch.negative, Visii(), checkpointing=False).embedding)
+    ((_, options),) = batch.negative
+    return instructed(image_scale, batch, [[torch.cat(found), options]])
+
+
+def another(case: Edit) -> list[np.ndarray]:
+    """Pictures before and after the same edit of the same things laid out anew, elsewhere unless the place changes."""
+    places, place = list(scenes.PLACES), case.source.place
+    other = places[(places.index(place) + 1) % len(places)]
+    moved = {"place": other} if case.target.place == place else {}
+    captions = [replace(scene, **moved).caption for scene in (case.source, case.target)]
+    return [scenes.render(scenes.parse(caption, seed=0)) for caption in captions]
+
+
+def instructed(image_scale: float, batch: Batch, instructions: list) -> Tensor:
     model = attach_instruction(batch.model, batch.latent, Instruct(image_scale))
     guider = Guidance(instructions, batch.negative, batch.cfg).guider(model)
     return guider.sample(batch.noise(), torch.zeros_like(batch.latent), euler(), batch.sigmas, seed=0).cpu()
@@ -551,6 +575,7 @@ RECIPES = {
     for model, pairs in {"unet": GRID, "few-step": GRID, "flow": FLOW_GRID}.items()
 }
 INSTRUCTED = {f"Instruct Guidance at {scale:g}": partial(instruct, scale) for scale in (1.0, 1.2, 1.5)}
+INSTRUCTED["Learn Edit from Pair at 1.5"] = partial(learned, 1.5)
 UNINVERTED |= INSTRUCTED
 RECIPES["instruct"] = list(INSTRUCTED)
 UNINVERTED["inpainting with the true mask"] = inpainting  # whose checkpoint is the UNet's, for many steps

@@ -141,7 +141,7 @@ class NullTextSampler(OwnSampler):
 
         def reach(embedding: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal calls
-            unconditional = denoise(NEGATIVE, _with_embedding(negative, embedding))
+            unconditional = denoise(NEGATIVE, with_embedding(negative, embedding))
             denoised = unconditional + (conditional - unconditional) * settings.cfg
             each = settings.inner_steps + 1
             run.report(i * each + calls, denoised.detach(), x, self.pivot.steps * each)
@@ -251,5 +251,6 @@ def distances(trajectory: Trajectory, pivot: Trajectory) -> Tensor:
     return ((trajectory.states - pivot.states).square().flatten(2).mean(2).sqrt() * signal).T
 
 
-def _with_embedding(cond: dict, embedding: Tensor) -> dict:
+def with_embedding(cond: dict, embedding: Tensor) -> dict:
+    """A processed conditioning with another embedding [1 or b, tokens, channels]."""
     return {**cond, "model_conds": {**cond["model_conds"], "c_crossattn": CONDCrossAttn(embedding)}}

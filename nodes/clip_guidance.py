@@ -12,7 +12,7 @@ from torch import Tensor
 from ..guidance.clip_guidance import ClipGuidance, direction
 from ..host.branch.judged import NODE, Judge, NoisedClip, Pictures, attach_judge
 from . import sockets
-from .networks import text_embedding
+from .networks import check_halves, text_embedding
 from .widgets import check_window, fraction
 
 
@@ -131,15 +131,5 @@ def _judge(
         )
     clip, clip_vision, vae = parts.values()
     text = torch.cat([text_embedding(clip, prompt) for prompt in prompts])
-    width = clip_vision.config.get("projection_dim")
-    if width is None:
-        raise ValueError(
-            f"The clip_vision of {NODE} makes no embedding that prompts have too, as SigLIP and DINO: load the picture "
-            "half of a CLIP by Load CLIP Vision."
-        )
-    if text.shape[1] != width:
-        raise ValueError(
-            f"The clip of {NODE} makes {text.shape[1]} numbers of a prompt and clip_vision {width} of a picture: load "
-            "both from one CLIP."
-        )
+    check_halves(text.shape[1], clip_vision, NODE)
     return Pictures(vae, clip_vision, checkpointing), text

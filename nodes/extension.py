@@ -34,6 +34,7 @@ from . import (
     value_inversion,
     viewer,
     virtual,
+    visii,
 )
 
 NODES: list[type[io.ComfyNode]] = [
@@ -75,6 +76,7 @@ NODES: list[type[io.ComfyNode]] = [
     guidance.ProximalGuidance,
     guidance.UniEditGuidance,
     instruct.InstructGuidance,
+    visii.LearnEditFromPair,
     pull.ImagePullNode,
     concepts.ConceptGuidance,
     clip_guidance.ClipGuidanceNode,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
 import folder_paths
+from comfy.clip_vision import ClipVisionModel
 from comfy.sd import CLIP
 from comfy.sd1_clip import SDClipModel
 from torch import Tensor, nn
@@ -15,6 +17,10 @@ from ..metrics.lpips import Lpips
 from ..metrics.structure import DinoViT
 
 FOLDER = "classifiers"
+UNPROJECTED = (
+    "The CLIP has no projection of prompts to where pictures are, as in checkpoints of SD1.x: "
+    "load a whole CLIP by Load CLIP."
+)
 SQUEEZENET, HEADS, DINO = "squeezenet1_1-b8a52dc0.pth", "lpips_squeeze.pth", "dino_vitbase8_pretrain.pth"
 
 
@@ -49,19 +55,52 @@ def load_dino() -> DinoViT:
 def text_embedding(clip: CLIP, prompt: str) -> Tensor:
     """[1, c]. Raises ValueError for a text encoder that makes none."""
     _, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
-    for encoder in clip.cond_stage_model.modules():
-        # Diffusion models read it unprojected; without a projection in its file the host's holds any numbers.
-        if isinstance(encoder, SDClipModel) and not encoder.return_projected_pooled:
-            projection = encoder.transformer.text_projection.weight.to(pooled)
-            known = projection.shape[1] == pooled.shape[1] and 0 < float(projection.abs().max()) < 100
-            pooled = pooled @ projection.T if known else None
+    for encoder in _encoders(clip):
+        if not encoder.return_projected_pooled:  # diffusion models read it unprojected
+            projection = _projection(encoder)
+            fits = projection is not None and projection.shape[1] == pooled.shape[1]
+            pooled = pooled @ projection.to(pooled).T if fits else None
             break
     if pooled is None:
-        raise ValueError(
-            "The CLIP has no projection of prompts to where pictures are, as in checkpoints of SD1.x: "
-            "load a whole CLIP by Load CLIP."
-        )
+        raise ValueError(UNPROJECTED)
     return pooled
+
+
+def text_projection(clip: CLIP) -> Tensor:
+    """[n, c]: from what a token of a prompt is to a diffusion model, to where pictures are.
+
+    Raises ValueError as `text_embedding`.
+    """
+    projection = next(map(_projection, _encoders(clip)), None)
+    if projection is None:
+        raise ValueError(UNPROJECTED)
+    return projection
+
+
+def check_halves(width: int, clip_vision: ClipVisionModel, node: str) -> None:
+    """Raises ValueError where embeddings of prompts, of `width`, are not of the CLIP that looks at the pictures."""
+    seen = clip_vision.config.get("projection_dim")
+    if seen is None:
+        raise ValueError(
+            f"The clip_vision of {node} makes no embedding that prompts have too, as SigLIP and DINO: load the picture "
+            "half of a CLIP by Load CLIP Vision."
+        )
+    if width != seen:
+        raise ValueError(
+            f"The clip of {node} makes {width} numbers of a prompt and clip_vision {seen} of a picture: load both from "
+            "one CLIP."
+        )
+
+
+def _encoders(clip: CLIP) -> Iterator[SDClipModel]:
+    return (module for module in clip.cond_stage_model.modules() if isinstance(module, SDClipModel))
+
+
+def _projection(encoder: SDClipModel) -> Tensor | None:
+    """[n, c]; None where the encoder has none, or its file had none, which leaves any numbers in the host's."""
+    layer = getattr(encoder.transformer, "text_projection", None)
+    known = layer is not None and 0 < float(layer.weight.abs().max()) < 100
+    return layer.weight if known else None
 
 
 def _found(name: str) -> Path:

@@ -29,6 +29,7 @@ EDITS = (  # save the source and its edits, side by side or as a batch
     "inpaint",
     "instruct",
     "keep-layout-change-rest",
+    "learn-edit",
     "local-blend",
     "masactrl-edit",
     "negative-prompt-inversion",

@@ -143,6 +143,7 @@ def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, folders: None) ->
     source, target, *_ = run("PromptEdit", clip=clip)
     instructed, *_ = run("LoadDemoInstructModel")
     run("InstructGuidance", model=instructed, image=scene, vae=vae)
+    run("LearnEditFromPair", model=instructed, before=scene, after=scene, vae=vae, start=source, updates=1)
     run("LoadDemoInpaintModel")
     run("LoadDemoControlNet")
     (seen,) = run("LoadDemoCLIP")

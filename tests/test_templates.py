@@ -24,6 +24,7 @@ SAMPLING = (
     "PalimpsestEDICTInversion",
     "PalimpsestEditFriendlyInversion",
     "PalimpsestEditSampler",
+    "PalimpsestLearnEditFromPair",
     "PalimpsestLocalBlend",
     "PalimpsestNullTextInversion",
     "PalimpsestOBELMInversion",
