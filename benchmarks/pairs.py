@@ -12,61 +12,37 @@ random.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
-import comfy.samplers
 import comfy.sd
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.sample import prepare_noise
-from PIL import Image
 from torch import Tensor
 
+from ..attention.edit_pairs import LEAST, Asked, Drawn, Likeness, Ranges, asked, pair, told, written
 from ..attention.editing import rewrite
-from ..attention.p2p import Settings, Window
 from ..demo import edits as demo_edits
 from ..demo import model as demo_model
 from ..demo import scenes
 from ..demo.instructions import instructions
 from ..host.branch.source import attach
-from ..inversion.run import Guidance, record, resample
-from ..metrics.clip import clip_direction, clip_score
+from ..host.files.pairs import Pairs
+from ..host.files.trajectory import Trajectory
+from ..host.quote import quoted
 from ..nodes.networks import Missing, text_embedding
 from .edits import encode, one_edit
 from .picture import decode
 from .pie import load_clip
 
-METADATA = "metadata.jsonl"
-FRACTIONS = (0.1, 0.9)  # of the run in which attention is shared, as in the paper
-EVERY_LAYER = 1024  # positions a side
 KINDS = tuple(kind for kind in demo_edits.EDITS if kind != "random")
-
-
-class Asked(NamedTuple):
-    caption: str
-    edited: str
-    instruction: str
-
-
-class Likeness(NamedTuple):
-    """Of pairs of pictures, [b] each: cosines of picture and picture, of picture and caption, and of both ways."""
-
-    image: Tensor
-    text: Tensor
-    direction: Tensor
-
-    def passes(self, least: Likeness) -> Tensor:
-        return (self.image >= least.image) & (self.text >= least.text) & (self.direction >= least.direction)
-
 
 Judge = Callable[[Tensor, Tensor, Sequence[Asked]], Likeness]
 """From pictures [b, h, w, 3] in 0..1 before and after, and what was asked."""
@@ -85,9 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg", type=float, nargs=2, default=(1.0, 2.0), help="1 to 2; 7.5 to 15 in the paper")
     parser.add_argument("--clip", metavar="NAME", help="a whole CLIP in text_encoders, to filter by")
     parser.add_argument("--clip-vision", default="clip_vision_l.safetensors", metavar="NAME", help="in clip_vision")
-    parser.add_argument("--image", type=float, default=0.7, help="least likeness of the pictures (%(default)s)")
-    parser.add_argument("--text", type=float, default=0.2, help="of each picture and its caption (%(default)s)")
-    parser.add_argument("--direction", type=float, default=0.2, help="of the ways between both (%(default)s)")
+    parser.add_argument("--image", type=float, default=LEAST.image, help="least likeness of the pictures (%(default)s)")
+    parser.add_argument("--text", type=float, default=LEAST.text, help="of each picture and its caption (%(default)s)")
+    parser.add_argument(
+        "--direction", type=float, default=LEAST.direction, help="of the ways between both (%(default)s)"
+    )
     parser.add_argument("--processes", type=int, default=1, help="that make batches at once (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -96,24 +74,31 @@ def run(arguments: argparse.Namespace) -> None:
     start = time.monotonic()
     try:
         arguments.asked = asked_in_turn(arguments)
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        kept, first = already(arguments.output)
+        pairs = folder(arguments)
         loaded(arguments.checkpoint, arguments.side)
         judge(arguments.clip, arguments.clip_vision)
     except (OSError, ValueError, Missing) as error:
         sys.exit(f"error: {error}")
-    made, batches = 0, -(-len(arguments.asked) // arguments.batch)
-    with ProcessPoolExecutor(arguments.processes) as pool:
-        for number in range(first, batches, arguments.processes):
+    made, kept, batches = 0, len(pairs.lines), -(-len(arguments.asked) // arguments.batch)
+    with ExitStack() as stack:
+        each = map  # one process makes them itself: torch's threads do not outlive a fork
+        if arguments.processes > 1:
+            each = stack.enter_context(ProcessPoolExecutor(arguments.processes)).map
+        for number in range(pairs.done, batches, arguments.processes):
             if kept >= arguments.pairs or time.monotonic() - start > 60 * arguments.minutes:
                 break
             numbers = range(number, min(number + arguments.processes, batches))
-            for lines in pool.map(partial(make_batch, arguments), numbers):
+            for batch, lines in zip(numbers, each(partial(make_batch, arguments), numbers), strict=True):
+                pairs.finish(batch, lines)
                 made, kept = made + arguments.batch, kept + len(lines)
-                with (arguments.output / METADATA).open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             print(f"{kept} pairs; {made} made in {(time.monotonic() - start) / 60:.1f} min", flush=True)
     print(f"{kept} pairs in {arguments.output}")
+
+
+def folder(arguments: argparse.Namespace) -> Pairs:
+    """The run's pairs, by all arguments but those that only say how many to make and how fast."""
+    other = ("output", "pairs", "minutes", "processes", "run")
+    return Pairs(arguments.output, {name: value for name, value in vars(arguments).items() if name not in other})
 
 
 def asked_in_turn(arguments: argparse.Namespace) -> list[Asked]:
@@ -137,29 +122,14 @@ def demo_captions(rng: random.Random, count: int) -> list[Asked]:
 
 def read_captions(path: Path, check: bool) -> list[Asked]:
     """check: whether the captions have to be the demo model's. Raises ValueError, naming the line, where one is not."""
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip():
-            continue
-        parts = [part.strip() for part in line.split("\t")]
-        if len(parts) != len(Asked._fields) or not all(parts):
-            raise ValueError(f"{path}, line {number}: it has to be caption, edited caption and instruction with tabs")
-        for caption in parts[: 2 * check]:
+    found = asked(path.read_text(encoding="utf-8-sig"), "\t", str(path))
+    for each in found if check else ():
+        for caption in (each.caption, each.edited):
             try:
                 scenes.parse(caption, 0)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-        found.append(Asked(*parts))
-    if not found:
-        raise ValueError(f"{path} holds no captions")
+                raise ValueError(f"{path} has {quoted(caption)}: {error}") from error
     return found
-
-
-def already(output: Path) -> tuple[int, int]:
-    """How many pairs are in the folder, and the first batch that none of them is of."""
-    path = output / METADATA
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return len(lines), max((json.loads(line)["batch"] + 1 for line in lines), default=0)
 
 
 # --- a batch ---------------------------------------------------------------------------------------------------------
@@ -167,57 +137,32 @@ def already(output: Path) -> tuple[int, int]:
 
 @torch.inference_mode()
 def make_batch(arguments: argparse.Namespace, number: int) -> list[dict]:
-    """Writes the pictures of one batch that pass the filter; their lines of the metadata."""
+    """Writes the pictures of one batch that pass the filter; what is said of them."""
     comfy.utils.PROGRESS_BAR_ENABLED = False
     torch.set_num_threads(max(1, torch.get_num_threads() // arguments.processes))
-    rng = random.Random(f"{arguments.seed} {number}")
-    asked = arguments.asked[number * arguments.batch :][: arguments.batch]
-    fraction, cfg, seed = rng.uniform(*FRACTIONS), rng.uniform(*arguments.cfg), rng.randrange(2**32)
-    model, clip, vae, empty = loaded(arguments.checkpoint, arguments.side)
-    before, after = pair(model, clip, empty.repeat(len(asked), 1, 1, 1), asked, fraction, cfg, arguments.steps, seed)
-    before, after = (torch.from_numpy(decode(vae, latent)).clamp(0, 1) for latent in (before, after))
-    drawn = {"batch": number, "p2p": round(fraction, 3), "cfg": round(cfg, 3), "seed": seed}
-    likeness = None
+    wanted = arguments.asked[number * arguments.batch :][: arguments.batch]
+    drawn = Drawn.by(random.Random(f"{arguments.seed} {number}"), Ranges(cfg=tuple(arguments.cfg)))
+    before, after = pictures(arguments, wanted, drawn)
     compare = judge(arguments.clip, arguments.clip_vision)
-    if compare is not None:
-        likeness = compare(before, after, asked)
-        passes = likeness.passes(Likeness(arguments.image, arguments.text, arguments.direction))
-    lines = []
-    for i, each in enumerate(asked):
-        if likeness is not None and not passes[i]:
-            continue
-        names = {side: f"{number:05}-{i:02}-{side}.png" for side in ("input", "edited")}
-        for picture, name in zip((before[i], after[i]), names.values(), strict=True):
-            Image.fromarray((picture * 255).round().byte().numpy()).save(arguments.output / name)
-        found = {name: round(float(value[i]), 4) for name, value in likeness._asdict().items()} if likeness else {}
-        captions = {"instruction": each.instruction, "caption": each.caption, "edited_caption": each.edited}
-        lines.append({f"{side}_file_name": name for side, name in names.items()} | captions | drawn | found)
-    return lines
+    likeness = None if compare is None else compare(before, after, wanted)
+    least = Likeness(arguments.image, arguments.text, arguments.direction)
+    said = [told(each, drawn) for each in wanted]
+    return written(folder(arguments), number, before, after, said, likeness, least)
 
 
-def pair(
-    model: ModelPatcher,
-    clip: comfy.sd.CLIP,
-    empty: Tensor,
-    asked: Sequence[Asked],
-    fraction: float,
-    cfg: float,
-    steps: int,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    """Latents [b, c, h, w] of both captions from one noise, which `seed` draws; attention is shared for `fraction`.
+def pictures(arguments: argparse.Namespace, wanted: Sequence[Asked], drawn: Drawn) -> tuple[Tensor, Tensor]:
+    """[b, h, w, 3] in 0..1 before and after, a pair for each that is wanted."""
+    model, clip, vae, empty = loaded(arguments.checkpoint, arguments.side)
+    source, target = ([encode(clip, list(captions))] for captions in list(zip(*wanted, strict=True))[:2])
+    rule = one_edit([rewrite(clip, each.caption, each.edited)[2] for each in wanted], 1.0, drawn.settings)
+    empty = empty.repeat(len(wanted), 1, 1, 1)
 
-    empty: the latent [b, c, h, w] to begin with.
-    """
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
-    source, target = ([encode(clip, list(captions))] for captions in list(zip(*asked, strict=True))[:2])
-    negative, noise = [encode(clip, [""])], prepare_noise(empty, seed)
-    euler = comfy.samplers.sampler_object("euler")
-    trajectory, before = record(model, Guidance(source, negative, cfg), euler, sigmas, noise, empty, seed)
-    edits = [rewrite(clip, each.caption, each.edited)[2] for each in asked]
-    shared = Window(0, fraction)
-    edited = attach(model, trajectory, one_edit(edits, 1.0, Settings(shared, shared, EVERY_LAYER)))
-    return before, resample(edited, trajectory, Guidance(target, negative, cfg))
+    def edited(trajectory: Trajectory) -> ModelPatcher:
+        return attach(model, trajectory, rule)
+
+    latents = pair(model, source, target, [encode(clip, [""])], drawn, empty, arguments.steps, edited)
+    before, after = (torch.from_numpy(decode(vae, latent)) for latent in latents)
+    return before, after
 
 
 @cache
@@ -237,11 +182,10 @@ def judge(clip: str | None, vision: str) -> Judge | None:
         return None
     text, images = load_clip(clip, vision)
 
-    def compare(before: Tensor, after: Tensor, asked: Sequence[Asked]) -> Likeness:
-        one, other = (images.encode_image(pictures)["image_embeds"] for pictures in (before, after))
-        captions = list(zip(*asked, strict=True))[:2]
-        said, edited = (torch.cat([text_embedding(text, caption) for caption in side]) for side in captions)
-        of_text = torch.minimum(clip_score(one, said), clip_score(other, edited)) / 100
-        return Likeness(clip_score(one, other) / 100, of_text, clip_direction(one, other, said, edited))
+    def compare(before: Tensor, after: Tensor, wanted: Sequence[Asked]) -> Likeness:
+        embedded = [images.encode_image(pictures)["image_embeds"] for pictures in (before, after)]
+        captions = list(zip(*wanted, strict=True))[:2]
+        said = [torch.cat([text_embedding(text, caption) for caption in side]) for side in captions]
+        return Likeness.of(*embedded, *said)
 
     return compare

@@ -78,6 +78,20 @@ def fresh(prefix: str, node: str) -> tuple[Path, str]:
     return Path(folder) / file, str(Path(subfolder) / file)
 
 
+def folder(name: str, node: str) -> Path:
+    """A folder in the output folder, made where it is missing. Raises ValueError outside, and where that fails."""
+    path = _within(Path(folder_paths.get_output_directory()), name)
+    if path is None:
+        raise ValueError(f"{node} may not write to {quoted(name)}: choose a folder in the output folder.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{node} cannot make the folder {quoted(name)} ({error.strerror}): choose another name."
+        ) from error
+    return path
+
+
 def _within(root: Path, name: str) -> Path | None:
     """The path of a name in a folder, None where it leads out of it."""
     root = root.resolve()

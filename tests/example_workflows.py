@@ -55,7 +55,8 @@ KEEPING = (
 )
 LOOKING = ("attention-maps", "feature-viewer", "flow-attention-maps")
 MEASURING = "measure-edit"
-WITHOUT_DOWNLOAD = (*EDITS, *KEEPING, *LOOKING, MEASURING)
+PAIRS = "make-edit-pairs"
+WITHOUT_DOWNLOAD = (*EDITS, *KEEPING, *LOOKING, MEASURING, PAIRS)
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 TITLE_HEIGHT = 30
 MUTED = 2

@@ -144,6 +144,11 @@ def test_no_output_shares_memory_with_what_is_kept(tiny: Tiny, folders: None) ->
     instructed, *_ = run("LoadDemoInstructModel")
     run("InstructGuidance", model=instructed, image=scene, vae=vae)
     run("LearnEditFromPair", model=instructed, before=scene, after=scene, vae=vae, start=source, updates=1)
+    latent, pair = (
+        {"samples": torch.zeros(1, 16, 16, 16)},
+        "a photo of a cat in a room | a photo of a dog in a room | x",
+    )
+    run("MakeEditPairs", model=unet, clip=clip, vae=vae, latent=latent, captions=pair, samples=1, steps=1)
     run("LoadDemoInpaintModel")
     run("LoadDemoControlNet")
     (seen,) = run("LoadDemoCLIP")

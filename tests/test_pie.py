@@ -178,7 +178,8 @@ def test_an_interrupted_run_goes_on(
 
 
 @pytest.mark.parametrize(
-    "name", sorted({*EDITS, MEASURING, "edit-photo"} - {"edit-generated-image", "h-space", "pix2pix-zero"})
+    "name",
+    sorted({*EDITS, MEASURING, "edit-photo"} - {"edit-generated-image", "h-space", "learn-edit", "pix2pix-zero"}),
 )
 def test_every_workflow_can_be_filled(name: str) -> None:
     """With a picture and prompts of any kind, and nothing of the demo's scene is left."""

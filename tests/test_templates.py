@@ -26,6 +26,7 @@ SAMPLING = (
     "PalimpsestEditSampler",
     "PalimpsestLearnEditFromPair",
     "PalimpsestLocalBlend",
+    "PalimpsestMakeEditPairs",
     "PalimpsestNullTextInversion",
     "PalimpsestOBELMInversion",
     "PalimpsestRecordAttention",

@@ -18,6 +18,7 @@ from example_workflows import (
     LOOKING,
     MEASURING,
     NAMES,
+    PAIRS,
     api_form,
     to_api,
     ui_form,
@@ -74,6 +75,23 @@ def test_runs_and_repeats_bit_for_bit(server: HostServer, name: str) -> None:
     sample_again(prompt)
     again = saved_pictures(server, server.run(prompt))
     assert all(np.array_equal(one, other) for one, other in zip(pictures, again, strict=True))
+
+
+def test_pairs_are_made_and_kept(server: HostServer) -> None:
+    """Each saved picture has a pair, before above after; the second run makes none anew."""
+    prompt = api_form(PAIRS)
+    pictures = saved_pictures(server, server.run(prompt))
+    folder = server.folder / "output" / "edit-pairs"
+    written = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(pictures) == len(prompt["3"]["inputs"]["captions"].splitlines())
+    assert len(written) == 2 * len(pictures) + 2
+    side, gap = ENLARGED * 128, ENLARGED * 2
+    for picture in pictures:
+        assert np.abs(picture[:side] - picture[side + gap :]).mean() > 2
+    prompt["3"]["inputs"]["again"] = True
+    again = saved_pictures(server, server.run(prompt))
+    assert all(np.array_equal(one, other) for one, other in zip(pictures, again, strict=True))
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == written
 
 
 def test_an_edit_is_measured(server: HostServer) -> None:
