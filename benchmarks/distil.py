@@ -30,9 +30,9 @@ from safetensors.torch import save_file
 from spandrel.architectures.NAFNet import NAFNet
 from torch import Tensor, nn
 
+from ..host.files.pairs import METADATA
 from .batch import read_table
 from .jobs import edited_path, is_edited
-from .pairs import METADATA
 
 ENCODER, MIDDLE, DECODER = (1, 1, 1, 2), 4, (2, 1, 1, 1)  # blocks of each size, from the largest and to it
 ROUND = 50  # steps between two looks at what is held out
