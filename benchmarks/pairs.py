@@ -15,7 +15,7 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import cache, partial
@@ -71,28 +71,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    start = time.monotonic()
-    try:
-        arguments.asked = asked_in_turn(arguments)
-        pairs = folder(arguments)
-        loaded(arguments.checkpoint, arguments.side)
-        judge(arguments.clip, arguments.clip_vision)
-    except (OSError, ValueError, Missing) as error:
-        sys.exit(f"error: {error}")
-    made, kept, batches = 0, len(pairs.lines), -(-len(arguments.asked) // arguments.batch)
+    start, each = time.monotonic(), map
     with ExitStack() as stack:
-        each = map  # one process makes them itself: torch's threads do not outlive a fork
-        if arguments.processes > 1:
-            each = stack.enter_context(ProcessPoolExecutor(arguments.processes)).map
-        for number in range(pairs.done, batches, arguments.processes):
-            if kept >= arguments.pairs or time.monotonic() - start > 60 * arguments.minutes:
-                break
-            numbers = range(number, min(number + arguments.processes, batches))
-            for batch, lines in zip(numbers, each(partial(make_batch, arguments), numbers), strict=True):
-                pairs.finish(batch, lines)
-                made, kept = made + arguments.batch, kept + len(lines)
-            print(f"{kept} pairs; {made} made in {(time.monotonic() - start) / 60:.1f} min", flush=True)
-    print(f"{kept} pairs in {arguments.output}")
+        try:
+            arguments.asked = asked_in_turn(arguments)
+            pairs = folder(arguments)
+            if arguments.processes > 1:
+                each = stack.enter_context(ProcessPoolExecutor(arguments.processes)).map
+            list(each(load, [arguments]))  # not here: torch's threads do not outlive a fork
+        except (OSError, ValueError, Missing) as error:
+            sys.exit(f"error: {error}")
+        make(arguments, pairs, start, each)
+    print(f"{len(pairs.lines)} pairs in {arguments.output}")
+
+
+def make(arguments: argparse.Namespace, pairs: Pairs, start: float, each: Callable[..., Iterable]) -> None:
+    """Batches until there are pairs enough, or no time is left. each: what maps a function over numbers of batches."""
+    made, batches = 0, -(-len(arguments.asked) // arguments.batch)
+    for number in range(pairs.done, batches, arguments.processes):
+        if len(pairs.lines) >= arguments.pairs or time.monotonic() - start > 60 * arguments.minutes:
+            break
+        numbers = range(number, min(number + arguments.processes, batches))
+        for batch, lines in zip(numbers, each(partial(make_batch, arguments), numbers), strict=True):
+            pairs.finish(batch, lines)
+            made += arguments.batch
+        print(f"{len(pairs.lines)} pairs; {made} made in {(time.monotonic() - start) / 60:.1f} min", flush=True)
+
+
+def load(arguments: argparse.Namespace) -> None:
+    """Whatever batches are made with. Raises ValueError and Missing where it is not there."""
+    loaded(arguments.checkpoint, arguments.side)
+    judge(arguments.clip, arguments.clip_vision)
 
 
 def folder(arguments: argparse.Namespace) -> Pairs:
