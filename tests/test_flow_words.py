@@ -411,6 +411,8 @@ def test_words_beside_flow_edit_on_one_row() -> None:
 class Shown:
     """Keeps what it is shown of the maps of words, and blends nothing."""
 
+    layout = False
+
     def __init__(self, source: Tensor, target: Tensor) -> None:
         self.columns = source, target
         self.maps: list[tuple[Tensor, Tensor]] = []

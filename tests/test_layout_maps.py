@@ -168,6 +168,14 @@ def layout_blend(tiny: Tiny, **changes):
     return replace(blend(tiny, ([[2, 3]], []), THRESHOLD), layout=True, **changes)
 
 
+def assert_rows(together: Watch, alone: Watch, row: int) -> None:
+    """The maps themselves: what rounding makes of a position at the threshold is no matter of batches."""
+    for both, one in zip(together.seen, alone.seen, strict=True):
+        for maps, own in zip(both, one, strict=True):
+            row_of = row if len(maps) > 1 else 0
+            torch.testing.assert_close(maps[row_of : row_of + 1], own, rtol=1e-5, atol=0)
+
+
 def test_the_node_is_either_bit_for_bit(tiny: Tiny) -> None:
     edit = edit_of("a cat on a mat", "a fluffy dog on a mat")
     model = attach(tiny.model, tiny.trajectory, refine(tiny.target[0][0])[0])
@@ -188,13 +196,16 @@ def test_the_node_is_either_bit_for_bit(tiny: Tiny) -> None:
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 def test_runs_repeat_and_split(tiny: Tiny, sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = attach(tiny.model, tiny.trajectory, refine(tiny.target[0][0])[0])
-    model = attach_blend(model, tiny.trajectory, layout_blend(tiny))
-    first = tiny.sample(model, sampler=sampler)
-    assert torch.equal(tiny.sample(model, sampler=sampler), first)
+    blended = attach_blend(model, tiny.trajectory, layout_blend(tiny))
+    first = tiny.sample(blended, sampler=sampler)
+    assert torch.equal(tiny.sample(blended, sampler=sampler), first)
     source = tiny.model.model.process_latent_out(tiny.trajectory.states[-1])
     assert 0.1 < (first == source).all(1).float().mean() < 0.9
+    together, apart = (Watch((columns([[2, 3]]), columns([[2, 3]])), layout=True) for _ in range(2))
+    tiny.sample(attach_blend(model, tiny.trajectory, together), sampler=sampler)
     split(monkeypatch, tiny)
-    assert distance(tiny.sample(model, sampler=sampler), first) < 1e-4
+    tiny.sample(attach_blend(model, tiny.trajectory, apart), sampler=sampler)
+    assert_rows(together, apart, 0)
 
 
 def test_a_batch_of_targets_equals_single_runs() -> None:
@@ -202,25 +213,32 @@ def test_a_batch_of_targets_equals_single_runs() -> None:
     tiny = Tiny(target=conditioning(2, batch=2))
     targets = tiny.target[0][0]
     both = tuple(torch.cat([columns(one), columns(other)]) for one, other in TWO_TARGETS)
-    local = layout_blend(tiny, columns=both)
 
-    def model(local, target: Tensor) -> ModelPatcher:
-        return attach_blend(attach(tiny.model, tiny.trajectory, refine(target)[0]), tiny.trajectory, local)
+    def watched(tables: tuple[Tensor, ...], target: Tensor) -> Watch:
+        watch = Watch(tables, layout=True)
+        model = attach_blend(attach(tiny.model, tiny.trajectory, refine(target)[0]), tiny.trajectory, watch)
+        tiny.sample(model, [[target, {}]], noise=tiny.noise.repeat(len(target), 1, 1, 1))
+        return watch
 
-    together = tiny.sample(model(local, targets), noise=tiny.noise.repeat(2, 1, 1, 1))
+    together = watched(both, targets)
     for i in range(2):
-        target = targets[i : i + 1]
-        own = replace(local, columns=tuple(table[i : i + 1] for table in both), target=target)
-        assert distance(together[i : i + 1], tiny.sample(model(own, target), [[target, {}]])) < 1e-4
+        assert_rows(together, watched(tuple(table[i : i + 1] for table in both), targets[i : i + 1]), i)
 
 
 def test_a_batch_of_images_equals_single_runs() -> None:
     tiny = Tiny(batch=2)
-    together = tiny.sample(attach_blend(tiny.model, tiny.trajectory, layout_blend(tiny)))
+    table = columns([[2, 3]])
+
+    def watched(rows: slice) -> Watch:
+        watch = Watch((table, table), layout=True)
+        trajectory = tiny.trajectory._replace(states=tiny.trajectory.states[:, rows])
+        tiny.sample(attach_blend(tiny.model, trajectory, watch), noise=tiny.noise[rows])
+        return watch
+
+    together = watched(slice(None))
+    assert all(len(maps) == 2 and distance(maps[0], maps[1]) > 1e-4 for pair in together.seen for maps in pair)
     for i in range(2):
-        trajectory = tiny.trajectory._replace(states=tiny.trajectory.states[:, i : i + 1])
-        model = attach_blend(tiny.model, trajectory, layout_blend(tiny))
-        assert distance(together[i : i + 1], tiny.sample(model, noise=tiny.noise[i : i + 1])) < 1e-4
+        assert_rows(together, watched(slice(i, i + 1)), i)
 
 
 def test_a_store_holds_no_self_attention(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
